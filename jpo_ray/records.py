@@ -1,0 +1,135 @@
+"""Row identities, column schemas and Parquet input/output of every table.
+
+Ids are content hashes: the same text has the same id everywhere, so re-running a stage is idempotent. The instruction
+text stands in every item row for convenience, but Parquet's dictionary encoding stores each distinct one once.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ID_HEX_DIGITS = 20  # 80 bits: a collision among a billion rows has a chance below one in a million
+
+VERDICTS = ("a", "b", "tie", "invalid")
+PROTOCOLS = ("conditional", "joint")
+SPLITS = ("train", "validation", "test")
+
+ITEMS = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("instruction_id", pa.string()),
+        ("instruction", pa.string()),
+        ("response", pa.string()),
+        ("source", pa.string()),
+        ("split", pa.string()),
+        ("sft", pa.bool_()),  # member of D_S: the one response per instruction that SFT and joint pairs use
+        ("gold", pa.bool_()),  # the response that samples are compared with
+    ]
+)
+# Ready-made labels that came with the data; `judge: labels` reads them.
+LABELS = pa.schema([("item_a", pa.string()), ("item_b", pa.string()), ("verdict", pa.string())])
+EMBEDDINGS = pa.schema([("instruction_id", pa.string()), ("vector", pa.list_(pa.float16()))])
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("item_a", pa.string()),
+        ("item_b", pa.string()),
+        ("protocol", pa.string()),
+        ("similarity", pa.float32()),  # cosine of the two instructions
+        ("strategy", pa.string()),
+        ("split", pa.string()),
+    ]
+)
+JUDGMENTS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("annotator", pa.string()),
+        ("verdict", pa.string()),
+        ("verdict_ab", pa.string()),
+        ("verdict_ba", pa.string()),  # null where only one order was shown (ready-made labels)
+        ("text_ab", pa.string()),
+        ("text_ba", pa.string()),
+        ("tokens", pa.int64()),
+        ("cost", pa.float64()),  # US dollars
+        ("reason", pa.string()),
+    ]
+)
+PREFERENCES = pa.schema(
+    [
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("protocol", pa.string()),
+        ("weight", pa.float32()),
+        ("probability", pa.float32()),  # that `chosen` is better: 1 unless the label is soft
+        ("split", pa.string()),
+    ]
+)
+# Log-probs in nats, summed over tokens, of item `item_id`; for KTO also of mismatched items (instruction of one item,
+# response of another), named by the two item ids they are made of so that no text is stored again.
+REFERENCE = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("response_of", pa.string()),  # the item whose response is scored; `item_id` itself unless mismatched
+        ("instruction_logprob", pa.float64()),
+        ("response_logprob", pa.float64()),
+        ("instruction_tokens", pa.int32()),
+        ("response_tokens", pa.int32()),
+    ]
+)
+SAMPLES = pa.schema(
+    [
+        ("instruction_id", pa.string()),
+        ("instruction", pa.string()),
+        ("model", pa.string()),
+        ("temperature", pa.float64()),  # as requested
+        ("effective_temperature", pa.float64()),  # as the engine used it: vLLM raises values below 0.01
+        ("seed", pa.int64()),
+        ("response", pa.string()),
+        ("finish_reason", pa.string()),
+        ("engine", pa.string()),
+    ]
+)
+SAMPLE_JUDGMENTS = pa.schema(
+    [
+        ("instruction_id", pa.string()),
+        ("model", pa.string()),
+        ("temperature", pa.float64()),
+        ("seed", pa.int64()),
+        *[JUDGMENTS.field(name) for name in JUDGMENTS.names if name != "pair_id"],  # a = sample, b = gold
+    ]
+)
+
+
+def content_id(kind: str, *parts: str) -> str:
+    """Hash of `parts`, unambiguous (lengths are hashed too) and distinct between kinds of things."""
+    return hashlib.sha256(json.dumps([kind, *parts]).encode()).hexdigest()[:ID_HEX_DIGITS]
+
+
+def instruction_id(instruction: str) -> str:
+    return content_id("instruction", instruction)
+
+
+def item_id(instruction: str, response: str) -> str:
+    return content_id("item", instruction, response)
+
+
+def pair_id(item_a: str, item_b: str, protocol: str) -> str:
+    """Id of a comparison, the same in whichever order its items are given."""
+    return content_id("pair", *sorted((item_a, item_b)), protocol)
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, schema: pa.Schema) -> pa.Table:
+    """Write rows in `schema`'s column order; raises if a column is missing or of another type."""
+    table = rows.select(schema.names).cast(schema) if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema)
+    pq.write_table(table, path, compression="zstd")
+    return table
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a table written by `write_table`."""
+    return pq.read_table(path, schema=schema)

