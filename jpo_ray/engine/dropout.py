@@ -1,0 +1,78 @@
+"""Dropout whose masks are keyed by (seed, step, item, position, layer) instead of drawn from a running generator.
+
+An item then meets the same mask in whatever micro-batch, phase or worker it is scored, so splitting a batch changes
+nothing. The mask is a hash of its coordinates: nothing is stored, and backward through a recomputed forward agrees.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class DropoutKeys:
+    """The row keys of the micro-batch being scored, shared by every `KeyedDropout` of a model: int32[B, L] or None."""
+
+    def __init__(self) -> None:
+        self.rows_BL: Tensor | None = None
+
+
+class KeyedDropout(nn.Module):
+    """Zeroes each element with probability `p`, by a hash of its row key, its feature and the layer's `salt`."""
+
+    def __init__(self, p: float, salt: int, keys: DropoutKeys) -> None:
+        super().__init__()
+        self.p = p
+        self.salt = salt
+        self.keys = keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float[B, L, D] or float[B * L, D]."""
+        if not self.training or self.p == 0:
+            return x
+        rows = self.keys.rows_BL
+        if rows is None or rows.numel() * x.shape[-1] != x.numel():
+            raise RuntimeError("dropout without row keys: score items through `score_items`, which sets them")
+        return x * self._mask(rows.reshape(*x.shape[:-1]), x.shape[-1]).to(x.dtype)
+
+    def _mask(self, rows: Tensor, features: int) -> Tensor:
+        columns = mix32(torch.arange(features, dtype=torch.int32, device=rows.device) + mix_int(self.salt))
+        hashed = mix32(rows.unsqueeze(-1) ^ columns) & 0x7FFFFFFF
+        keep = hashed >= int(self.p * 2**31)
+        return keep * (1 / (1 - self.p))
+
+
+def install(model: nn.Module) -> DropoutKeys:
+    """Replace every active `nn.Dropout` of the model; returns the keys to set before each forward pass."""
+    keys = DropoutKeys()
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
+    for salt, (name, module) in enumerate(found):
+        if module.p > 0:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            replacement = KeyedDropout(module.p, salt, keys).train(module.training)
+            parent.add_module(name.rpartition(".")[2], replacement)
+    return keys
+
+
+def row_keys(seed: int, step: int, rows: Tensor, length: int) -> Tensor:
+    """Keys int32[B, L] of items `rows` (int64[B]: their numbers in the data set) at each position."""
+    item = mix32((rows + mix_int(seed * 1_000_003 + step)).to(torch.int32))
+    return mix32(item.unsqueeze(-1) + torch.arange(length, dtype=torch.int32, device=rows.device) * _GOLDEN)
+
+
+_GOLDEN = -1640531527  # 2^32 / golden ratio as int32: spreads consecutive positions
+
+
+def mix32(x: Tensor) -> Tensor:
+    """A bijective hash of int32 values with good avalanche (Ellis, hash prospector "lowbias32")."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def mix_int(value: int) -> int:
+    """`mix32` of a Python integer, as a non-negative number below 2^31 (so that sums with int32 stay defined)."""
+    low = torch.tensor(math.remainder(value, 2**31), dtype=torch.int32)
+    return int(mix32(low)) & 0x3FFFFFFF

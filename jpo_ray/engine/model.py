@@ -1,0 +1,144 @@
+"""Loading models and tokenizers: safetensors only, LoRA through peft, 4-bit through bitsandbytes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.errors import InputError
+from jpo_ray.runs import hash_file, read_json, write_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # never pickles
+
+
+def resolve_model(name_or_path: str) -> Path:
+    """Folder of a model: a local one as it is, a Hugging Face id downloaded to the hub's cache.
+
+    Raises `InputError` where it does not exist or holds no safetensors.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not folder.exists():
+        if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+            raise InputError(f"model.model_name_or_path: {name_or_path}: no such folder")
+        folder = _download(name_or_path)
+    if not (folder / "config.json").exists():
+        raise InputError(f"model.model_name_or_path: {folder}: holds no config.json; name the folder of a model")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"model.model_name_or_path: {folder}: no safetensors weights; pickled weights are not loaded, convert them "
+            "(`model.save_pretrained(folder, safe_serialization=True)` where you trust them)"
+        )
+    return folder
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=MODEL_FILES))
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(
+            f"model.model_name_or_path: {repo_id}: neither a folder nor to be had from the Hugging Face Hub ({reason})"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{folder}: the tokenizer has no EOS token; a response could never end")
+    return tokenizer
+
+
+def load_model(folder: Path, *, dtype: str, load_in_4bit: bool = False, device: str = "cpu") -> Any:
+    """A causal language model in evaluation mode. `dtype` is the compute dtype where the weights are 4-bit."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], use_safetensors=True, device_map=device, **options
+    )
+    _disable_attention_dropout(model)
+    return model.eval()
+
+
+def _disable_attention_dropout(model: Any) -> None:
+    """Attention dropout acts inside fused kernels, where masks cannot be keyed by item; training does without it."""
+    for module in model.modules():
+        for name in ("attention_dropout", "attn_pdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    for name in ("attention_dropout", "attn_pdrop"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)
+
+
+def load_policy(folder: Path, model: BaseModelConfig, train: TrainConfig, *, seed: int, device: str = "cpu") -> Any:
+    """The model to train: LoRA adapters on frozen (perhaps 4-bit) weights, or all parameters in float32."""
+    if not train.use_peft:
+        return load_model(folder, dtype="float32", device=device)
+    base = load_model(folder, dtype=model.dtype, load_in_4bit=model.load_in_4bit, device=device)
+    return add_lora(base, train, seed=seed)
+
+
+def add_lora(base: Any, train: TrainConfig, *, seed: int) -> Any:
+    """Fresh LoRA adapters on `base`, whose initial values depend on `seed` alone."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    lora = LoraConfig(
+        r=train.lora_r,
+        lora_alpha=train.lora_alpha,
+        lora_dropout=train.lora_dropout,
+        target_modules=train.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(base, lora)
+    except ValueError as error:
+        raise InputError(f"train.{train.name}.lora_target_modules: {str(error).splitlines()[0]}") from error
+
+
+def backbone_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The part that gives hidden states and the projection to the vocabulary."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return causal.get_decoder(), causal.get_output_embeddings()
+
+
+def weights_hash(folder: Path, cache: Path | None = None) -> str:
+    """Hash of all weights and the model's config. With `cache` (a folder) file hashes are remembered by size and time,
+    so that a checkpoint of many gigabytes is read once.
+    """
+    known_path = cache / "file_hashes.json" if cache else None
+    known = read_json(known_path) if known_path and known_path.exists() else {}
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in known:
+            known[key] = hash_file(path)
+        if path.suffix == ".json":
+            content = read_json(path)
+            content.pop("transformers_version", None)
+            content.pop("_name_or_path", None)
+            digest.update(json.dumps(content, sort_keys=True).encode())
+        else:
+            digest.update(f"{path.name}:{known[key]}".encode())
+    if known_path:
+        known_path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known_path, known)
+    return digest.hexdigest()[:16]
