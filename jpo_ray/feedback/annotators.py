@@ -4,11 +4,20 @@ A comparison shows two (instruction, response) items, a first and b second. Whoe
 annotator only says which is better (`judge.py` asks in both orders and combines).
 """
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
+import pyarrow as pa
+
 Verdict = Literal["a", "b", "tie", "invalid"]
+
+_NORMAL = NormalDist()
+_ROUNDING = 1e-9  # 0.90 - 0.85 must be within a tie band of 0.05, though not in binary
 
 
 @dataclass(frozen=True)
@@ -43,3 +52,94 @@ class Annotator:
     name: str
     answer: Callable[[Sequence[Comparison]], list[Answer]]  # one answer per comparison, in order
     both_orders: bool = True  # False for ready-made labels, which have no order
+
+
+def score_annotator(
+    name: str, score: Callable[[str, str], float], *, noise: float, tie_band: float, seed: int
+) -> Annotator:
+    """Prefer the item with the higher score: an oracle, a reward model or ratings as an annotator.
+
+    `noise` is the standard deviation of a Gaussian error on the difference of the two scores, in the scores' unit. It
+    is a function of (seed, comparison key, order shown) alone, so answers depend neither on what else is asked nor on
+    the order of questions, and the two orders of a comparison err independently. Differences up to `tie_band` are
+    ties. Each item is scored once per call; where `score` raises ValueError, the answer is invalid and says why.
+    """
+
+    def answer(comparisons: Sequence[Comparison]) -> list[Answer]:
+        scores: dict[str, float | str] = {}  # item id -> its score, or why it has none
+        for comparison in comparisons:
+            for shown in (comparison, comparison.flipped()):
+                if shown.item_a not in scores:
+                    scores[shown.item_a] = _score_or_reason(score, shown.instruction_a, shown.response_a)
+        return [compare(each, scores[each.item_a], scores[each.item_b]) for each in comparisons]
+
+    def compare(comparison: Comparison, score_a: float | str, score_b: float | str) -> Answer:
+        if isinstance(score_a, str) or isinstance(score_b, str):
+            reasons = dict.fromkeys(each for each in (score_a, score_b) if isinstance(each, str))
+            return Answer("invalid", reason="; ".join(reasons))
+        difference = score_a - score_b + (noise * _standard_normal(seed, comparison) if noise else 0.0)
+        text = f"{score_a:.6g} against {score_b:.6g}"
+        if abs(difference) <= tie_band + _ROUNDING:
+            return Answer("tie", text)
+        return Answer("a" if difference > 0 else "b", text)
+
+    return Annotator(name, answer)
+
+
+def label_annotator(labels: pa.Table) -> Annotator:
+    """Answer from ready-made labels (`records.LABELS`), without an order.
+
+    Two items that no label compares directly are decided by proxy where their instructions differ (JPO paper, Appendix
+    E): one that labels choose, and never reject, beats one that they reject, and never choose. Else invalid.
+    """
+    direct: dict[tuple[str, str], Verdict] = {}
+    chosen: set[str] = set()
+    rejected: set[str] = set()
+    for row in labels.to_pylist():
+        pair, verdict = (row["item_a"], row["item_b"]), row["verdict"]
+        direct[pair] = verdict
+        direct[pair[::-1]] = flipped_verdict(verdict)
+        if verdict in ("a", "b"):
+            chosen.add(pair[0] if verdict == "a" else pair[1])
+            rejected.add(pair[1] if verdict == "a" else pair[0])
+    both = chosen & rejected
+    winners, losers = chosen - both, rejected - both
+
+    def verdict_on(comparison: Comparison) -> Verdict:
+        pair = (comparison.item_a, comparison.item_b)
+        if pair in direct:
+            return direct[pair]
+        if comparison.instruction_a != comparison.instruction_b:
+            if pair[0] in winners and pair[1] in losers:
+                return "a"
+            if pair[0] in losers and pair[1] in winners:
+                return "b"
+        return "invalid"
+
+    def answer(comparisons: Sequence[Comparison]) -> list[Answer]:
+        verdicts = map(verdict_on, comparisons)
+        return [Answer(verdict, reason="no label" if verdict == "invalid" else "") for verdict in verdicts]
+
+    return Annotator("labels", answer, both_orders=False)
+
+
+def flipped_verdict(verdict: Verdict) -> Verdict:
+    """The same verdict with a and b exchanged."""
+    exchanged: dict[Verdict, Verdict] = {"a": "b", "b": "a"}
+    return exchanged.get(verdict, verdict)
+
+
+def _score_or_reason(score: Callable[[str, str], float], instruction: str, response: str) -> float | str:
+    try:
+        value = float(score(instruction, response))
+    except ValueError as error:
+        return str(error) or "no score"
+    return value if math.isfinite(value) else f"the score is {value}"
+
+
+def _standard_normal(seed: int, comparison: Comparison) -> float:
+    """A draw from N(0, 1) that depends on the comparison and its order only."""
+    order = "forward" if comparison.item_a < comparison.item_b else "backward"
+    digest = hashlib.sha256(json.dumps([seed, comparison.key, order]).encode()).digest()
+    # 52 bits and a half keep the quantile strictly between 0 and 1 and exact in a double.
+    return _NORMAL.inv_cdf((int.from_bytes(digest[:8]) // 2**12 + 0.5) / 2**52)

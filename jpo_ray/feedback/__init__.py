@@ -1,0 +1,1 @@
+"""Feedback: annotators, and judgments made of their answers."""

@@ -1,0 +1,128 @@
+"""Judgments: every comparison is asked in both orders, and a verdict that flips with the order is a tie.
+
+Position bias is large with language-model judges (46 % of verdicts conflicted between orders for GPT-4 in one study),
+so the share of such flips is part of what `judgment_counts` reports.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from jpo_ray.feedback.annotators import Annotator, Answer, Comparison, Verdict, flipped_verdict
+
+
+def comparisons_of(pairs: pa.Table, items: pa.Table) -> list[Comparison]:
+    """A comparison per row of `pairs` (`records.PAIRS`), in its order. KeyError for an item that `items` lacks."""
+    texts = {
+        item_id: (instruction, response)
+        for item_id, instruction, response in zip(
+            *(items[name].to_pylist() for name in ("item_id", "instruction", "response")), strict=True
+        )
+    }
+    ids = zip(*(pairs[name].to_pylist() for name in ("pair_id", "item_a", "item_b")), strict=True)
+    return [Comparison(key, item_a, item_b, *texts[item_a], *texts[item_b]) for key, item_a, item_b in ids]
+
+
+def combine_orders(ab: Verdict, ba: Verdict | None) -> Verdict:
+    """The verdict of both orders, in terms of the original a and b.
+
+    `ba` is the verdict as given when b was shown first, so that its "a" names the first shown, which is b; None where
+    only one order was asked. Agreement stands. A flip is a tie, as in the paper, and so is a preference in one order
+    with a tie in the other: it did not survive the exchange. An invalid answer in either order makes the whole invalid,
+    since one order alone cannot be told from position bias.
+    """
+    if ba is None:
+        return ab
+    other = flipped_verdict(ba)
+    if "invalid" in (ab, other):
+        return "invalid"
+    return ab if ab == other else "tie"
+
+
+def judge(comparisons: Sequence[Comparison], annotator: Annotator) -> list[dict[str, Any]]:
+    """Ask the annotator, in both orders where it takes them; returns rows of `records.JUDGMENTS`, in order.
+
+    `verdict_ab` and `verdict_ba` are both in terms of the original a and b: without position bias they are equal.
+    """
+    flipped = [comparison.flipped() for comparison in comparisons] if annotator.both_orders else []
+    questions = [*comparisons, *flipped]
+    answers = annotator.answer(questions)
+    if len(answers) != len(questions):
+        raise RuntimeError(f"annotator {annotator.name} gave {len(answers)} answers to {len(questions)} questions")
+    forward = answers[: len(comparisons)]
+    backward: Sequence[Answer | None] = answers[len(comparisons) :] or [None] * len(comparisons)
+    return [
+        _judgment(comparison, annotator.name, ab, ba)
+        for comparison, ab, ba in zip(comparisons, forward, backward, strict=True)
+    ]
+
+
+def _judgment(comparison: Comparison, annotator: str, ab: Answer, ba: Answer | None) -> dict[str, Any]:
+    given = [answer for answer in (ab, ba) if answer is not None]
+    return {
+        "pair_id": comparison.key,
+        "annotator": annotator,
+        "verdict": combine_orders(ab.verdict, ba.verdict if ba else None),
+        "verdict_ab": ab.verdict,
+        "verdict_ba": flipped_verdict(ba.verdict) if ba else None,
+        "text_ab": ab.text,
+        "text_ba": ba.text if ba else None,
+        "tokens": sum(answer.tokens for answer in given),
+        "cost": sum(answer.cost for answer in given),
+        "reason": "; ".join(dict.fromkeys(answer.reason for answer in given if answer.reason)),
+    }
+
+
+def preferences(pairs: pa.Table, judgments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `records.PREFERENCES` of the decisive judgments, in their order; ties and invalid ones are dropped.
+
+    KeyError for a judgment of a pair that `pairs` lacks.
+    """
+    by_id = {
+        pair["pair_id"]: pair for pair in pairs.select(["pair_id", "item_a", "item_b", "protocol", "split"]).to_pylist()
+    }
+    rows = []
+    for judgment in judgments:
+        pair = by_id[judgment["pair_id"]]
+        if judgment["verdict"] in ("a", "b"):
+            chosen, rejected = ("item_a", "item_b") if judgment["verdict"] == "a" else ("item_b", "item_a")
+            rows.append(
+                {
+                    "chosen": pair[chosen],
+                    "rejected": pair[rejected],
+                    "protocol": pair["protocol"],
+                    "weight": 1.0,
+                    "probability": 1.0,
+                    "split": pair["split"],
+                }
+            )
+    return rows
+
+
+def judgment_counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a set of judgments (`records.JUDGMENTS`) looks like.
+
+    `flip_rate` is the share of judgments with a valid answer in both orders whose answers disagree, ties included;
+    `first_shown_share` the share of their decisive answers that prefer the item shown first, 0.5 without position bias.
+    Both are None where there is nothing to count.
+    """
+    verdicts = Counter(row["verdict"] for row in rows)
+    both = [(row["verdict_ab"], row["verdict_ba"]) for row in rows if row["verdict_ba"] is not None]
+    both = [pair for pair in both if "invalid" not in pair]
+    first_shown = sum((ab == "a") + (ba == "b") for ab, ba in both)
+    second_shown = sum((ab == "b") + (ba == "a") for ab, ba in both)
+    return {
+        "judgments": len(rows),
+        **{verdict: verdicts[verdict] for verdict in ("a", "b", "tie", "invalid")},
+        "decisive": verdicts["a"] + verdicts["b"],
+        "flip_rate": _share(sum(ab != ba for ab, ba in both), len(both)),
+        "first_shown_share": _share(first_shown, first_shown + second_shown),
+        "tokens": sum(row["tokens"] for row in rows),
+        "cost": sum(row["cost"] for row in rows),
+    }
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
