@@ -1,0 +1,1 @@
+"""Evaluation: samples against gold responses, win rates, and the report of a run."""

@@ -1,0 +1,178 @@
+"""Charts of the report, as inline SVG.
+
+matplotlib draws them; their colours are then turned into CSS variables of the page, so that light and dark mode are one
+drawing. Text stays text, in the page's font.
+"""
+
+import html
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jpo_ray.evaluation.histories import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+POINTS_PER_INCH = 72  # matplotlib's SVG unit is a point, so sizes below are the SVG's own
+WIDTH = 400  # narrow, so that text stays legible when a phone shows the chart at its full width
+COLORS = 8  # of `--series-N` in the page: 0 is the SFT model's grey, the others are for trained models
+ROLES = {"ink": "#010101", "muted": "#010102", "line": "#010103", "surface": "#010104", "data": "#010105"}
+SERIES_HEX = "#0202{:02x}"
+SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 11,
+    "axes.edgecolor": ROLES["line"],
+    "axes.labelcolor": ROLES["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": ROLES["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": ROLES["line"],
+    "ytick.color": ROLES["line"],
+    "xtick.labelcolor": ROLES["muted"],
+    "ytick.labelcolor": ROLES["muted"],
+    "text.color": ROLES["ink"],
+}
+MARKERS = ("o", "s", "^", "v", "P", "X")  # of temperatures, in order
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve as it is drawn."""
+
+    curve: Curve
+    series: int
+    dashed: bool = False
+    validation: bool = False  # drawn strong and with markers, training values faint
+
+
+def series_of(models: Sequence[str]) -> dict[str, int]:
+    """Colour of each model, the same on every chart: 0 for `sft`, else 1, 2, .. in order, over again when used up."""
+    trained = [model for model in models if model != "sft"]
+    return {"sft": 0} | {model: index % (COLORS - 1) + 1 for index, model in enumerate(trained)}
+
+
+def line_chart(name: str, label: str, lines: Sequence[Line], *, unit: str = "") -> str:
+    """Curves over steps."""
+
+    def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for line in lines:
+            axes.plot(
+                line.curve.steps,
+                line.curve.values,
+                color=SERIES_HEX.format(line.series),
+                linestyle=(0, (4, 2)) if line.dashed else "-",
+                linewidth=1.8 if line.validation else 1.2,
+                marker="o" if line.validation or len(line.curve.steps) == 1 else "",
+                markersize=4,
+                alpha=1.0 if line.validation else 0.55,
+            )
+        axes.grid(axis="y")
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+    return _svg(name, label, draw, height=230)
+
+
+def histogram(name: str, label: str, values: NDArray[np.float32], band: tuple[float, float]) -> str:
+    """Similarities of pairs; what lies outside the configured band is shaded."""
+
+    def draw(axes: "Axes") -> None:
+        low, high = min(0.0, float(values.min())), 1.0
+        axes.hist(values, bins=40, range=(low, high), color=ROLES["data"])
+        for start, end in ((low, band[0]), (band[1], high)):
+            if start < end:
+                axes.axvspan(start, end, color=ROLES["muted"], alpha=0.18, linewidth=0)
+        axes.set_xlim(low, high)
+        axes.grid(axis="y")
+        axes.set_xlabel("cosine similarity of the two instructions")
+        axes.set_ylabel("pairs")
+
+    return _svg(name, label, draw, height=230)
+
+
+def win_rate_chart(name: str, label: str, models: Mapping[str, Any], series: Mapping[str, int]) -> str:
+    """One row per model: each temperature a marker, the mean a diamond, lines are 95 % intervals."""
+    keys = [*temperatures_of(models), "mean"]
+    step = min(0.2, 0.72 / len(keys))
+    row_height = max(64, 15 * len(keys) + 10)
+
+    def draw(axes: "Axes") -> None:
+        for row, (model, entry) in enumerate(models.items()):
+            for position, key in enumerate(keys):
+                y = row + step * (position - (len(keys) - 1) / 2)
+                _draw_rate(axes, entry, key, y, SERIES_HEX.format(series.get(model, 0)), MARKERS[position % 6])
+        axes.set_yticks(range(len(models)), [_shortened(model) for model in models], color=ROLES["ink"])
+        axes.set_ylim(len(models) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.axvline(50, color=ROLES["muted"], linewidth=1, linestyle=(0, (2, 2)))
+        axes.grid(axis="x")
+        axes.set_xlabel("win rate against gold, percent")
+        axes.spines["left"].set_visible(False)
+
+    return _svg(name, label, draw, height=60 + row_height * len(models))
+
+
+def temperatures_of(models: Mapping[str, Any]) -> list[str]:
+    """Temperature keys of win rates, ascending."""
+    keys = {key for entry in models.values() for key in entry["win_rate"] if key != "mean"}
+    return sorted(keys, key=float)
+
+
+def _draw_rate(axes: "Axes", entry: Mapping[str, Any], key: str, y: float, color: str, marker: str) -> None:
+    rate = entry["win_rate"].get(key)
+    if rate is None:
+        return
+    low, high = entry["ci95"] if key == "mean" else entry.get("ci95_by_temperature", {}).get(key, [None, None])
+    if low is not None and high is not None:
+        axes.hlines(y, low, high, color=color, linewidth=2.6 if key == "mean" else 1.3)
+    size = 8.0 if key == "mean" else 5.5
+    face = color if key == "mean" else ROLES["surface"]
+    axes.plot([rate], [y], marker="D" if key == "mean" else marker, color=color, markersize=size, markerfacecolor=face)
+
+
+def _shortened(text: str, limit: int = 18) -> str:
+    """Cut in the middle: names of a series of models differ at their ends."""
+    return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"
+
+
+def _svg(name: str, label: str, draw: Any, height: float) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}), warnings.catch_warnings():
+        # A name in a script that matplotlib's own font lacks is drawn by the browser all the same.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        size = (WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH)
+        figure: Figure = Figure(figsize=size, dpi=POINTS_PER_INCH, layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    return _inlined(buffer.getvalue(), name, label)
+
+
+def _inlined(svg: str, name: str, label: str) -> str:
+    """The SVG element alone, themed, with ids that no other chart of the page has."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", body)
+    for role, color in ROLES.items():
+        body = body.replace(color, f"var(--{role})")
+    for index in range(COLORS):
+        body = body.replace(SERIES_HEX.format(index), f"var(--series-{index})")
+    view_box = re.search(r'viewBox="[^"]*"', body)
+    opening = f'<svg role="img" aria-label="{html.escape(label)}" {view_box.group() if view_box else ""} '
+    return opening + 'xmlns:xlink="http://www.w3.org/1999/xlink">' + body[body.index(">") + 1 :]

@@ -1,0 +1,93 @@
+"""The report's charts, from what a run holds: which panels there are, and what each says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jpo_ray.config import RunConfig
+from jpo_ray.evaluation.charts import Line, histogram, line_chart, win_rate_chart
+from jpo_ray.evaluation.histories import Log, averaged, curve
+from jpo_ray.evaluation.run_facts import joint_similarities
+from jpo_ray.runs import Manifest, RunDir
+
+# Measures shown for all trained models together: log key, title, unit.
+MEASURES = (
+    ("loss", "Loss", "nats"),
+    ("rewards/accuracies", "Comparisons ranked right: all", "share"),
+    ("joint/accuracy_conditional", "Ranked right: conditional (one instruction)", "share"),
+    ("joint/accuracy_joint", "Ranked right: joint (two instructions)", "share"),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart with its heading; `svg` is markup made by `charts`, the rest is text."""
+
+    title: str
+    svg: str
+    note: str = ""
+    model: str = ""  # the one model it shows, if it shows one
+
+
+def win_rate_panel(models: Mapping[str, Any], series: Mapping[str, int]) -> Panel | None:
+    if not any(entry["n"] for entry in models.values()):
+        return None
+    label = "Win rate against gold per model and temperature, with 95 % intervals"
+    return Panel("Win rate per model and temperature", win_rate_chart("win-rates", label, models, series))
+
+
+def similarity_panel(run: RunDir, config: RunConfig, standing: Mapping[str, Manifest]) -> Panel | None:
+    """Similarity of the instructions of joint pairs; None where there are none."""
+    values = joint_similarities(run, standing)
+    if not len(values):
+        return None
+    joint = config.pairs.joint
+    band = (joint.min_similarity, joint.max_similarity) if joint else (-1.0, 1.0)
+    note = f"{len(values):,} joint pairs"
+    if joint:
+        limited = band != (-1.0, 1.0)
+        note += f", strategy {joint.strategy}, " + (f"band {band[0]:g} to {band[1]:g}" if limited else "no band")
+    svg = histogram("similarity", "Histogram of instruction similarity of joint pairs", values, band)
+    return Panel("Similarity of the instructions of joint pairs", svg, note)
+
+
+def sft_panel(log: Log) -> Panel | None:
+    lines = _train_and_validation(log, "loss", series=0)
+    if not lines:
+        return None
+    return Panel("SFT loss", line_chart("sft-loss", "Loss of supervised fine-tuning over steps", lines, unit="nats"))
+
+
+def training_panels(logs: Mapping[str, Log], series: Mapping[str, int]) -> list[Panel]:
+    """One panel per measure, all models in it."""
+    panels = []
+    for position, (key, title, unit) in enumerate(MEASURES):
+        lines = [line for name, log in logs.items() for line in _train_and_validation(log, key, series[name])]
+        if lines:
+            panels.append(Panel(title, line_chart(f"measure-{position}", f"{title} over steps", lines, unit=unit)))
+    return panels
+
+
+def margin_panels(logs: Mapping[str, Log], series: Mapping[str, int]) -> list[Panel]:
+    """One panel per model: the margin's response part (solid) and instruction part (dashed)."""
+    panels = []
+    for position, (name, log) in enumerate(logs.items()):
+        lines = _train_and_validation(log, "joint/margin_response", series[name])
+        lines += _train_and_validation(log, "joint/margin_instruction", series[name], dashed=True)
+        if lines:
+            label = f"Instruction part and response part of the margin of {name} over steps"
+            svg = line_chart(f"margin-{position}", label, lines, unit="margin")
+            panels.append(Panel(name, svg, model=name))
+    return panels
+
+
+def _train_and_validation(log: Log, key: str, series: int, dashed: bool = False) -> list[Line]:
+    """The training curve, averaged to what a chart can show, and the validation curve, in that order."""
+    training, validation = averaged(curve(log, key)), curve(log, f"eval_{key}")
+    lines = [Line(training, series, dashed)] if training else []
+    return lines + ([Line(validation, series, dashed, validation=True)] if validation else [])
+
+
+def logs_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Log histories of the trainings that have one."""
+    return {name: state["log_history"] for name, state in states.items() if state.get("log_history")}

@@ -1,0 +1,184 @@
+"""What a run directory holds: the artifacts that stand, their counts, seconds and versions, and what is missing."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jpo_ray.config import RunConfig
+from jpo_ray.records import PROTOCOLS, SPLITS
+from jpo_ray.runs import Manifest, RunDir, read_json
+
+# A config section that can be null, and what its absence means.
+OFF = {
+    "sft": "no SFT: `sft` is off in the config, the base model is the SFT model",
+    "sample": "not sampled: `sample` is off in the config",
+    "evaluate": "not evaluated: `evaluate` is off in the config",
+}
+PENDING = {
+    "items": "no items yet: run `jpo items`",
+    "pairs": "no pairs yet: run `jpo pairs`",
+    "judge": "not judged yet: run `jpo judge`",
+    "sft": "no SFT model yet: run `jpo sft`",
+    "reference": "no reference log-probs yet: run `jpo reference`",
+    "sample": "not sampled yet: run `jpo sample`",
+    "evaluate": "not evaluated yet: run `jpo evaluate`",
+}
+
+
+def planned_artifacts(config: RunConfig) -> list[str]:
+    """The artifacts this config makes, in the order of the stages."""
+    before = [stage for stage in ("items", "pairs", "judge", "sft", "reference") if stage not in off_stages(config)]
+    after = [stage for stage in ("sample", "evaluate") if stage not in off_stages(config)]
+    return [*before, *(f"train/{entry.name}" for entry in config.train), *after]
+
+
+def off_stages(config: RunConfig) -> list[str]:
+    """Stages this config leaves out. Without samples there is nothing to evaluate."""
+    return [
+        stage
+        for stage, section in (("sft", config.sft), ("sample", config.sample), ("evaluate", config.evaluate))
+        if section is None
+    ]
+
+
+def standing_manifests(run: RunDir, config: RunConfig) -> dict[str, Manifest]:
+    """Manifests of the planned artifacts that exist. What an earlier config left behind is not this run's."""
+    found = {artifact: run.manifest(artifact) for artifact in planned_artifacts(config)}
+    return {artifact: manifest for artifact, manifest in found.items() if manifest is not None}
+
+
+def missing_stages(config: RunConfig, standing: Mapping[str, Manifest]) -> dict[str, str]:
+    """Why each stage without an artifact has none, as sentences."""
+    missing = {stage: OFF[stage] for stage in off_stages(config)}
+    if "sample" in missing and "evaluate" not in missing:
+        missing["evaluate"] = "not evaluated: `sample` is off in the config"
+    for artifact in planned_artifacts(config):
+        if artifact not in standing and artifact not in missing:
+            pending = f"{artifact.removeprefix('train/')} is not trained yet: run `jpo train`"
+            missing[artifact] = PENDING.get(artifact, pending)
+    return missing
+
+
+def stage_seconds(standing: Mapping[str, Manifest]) -> dict[str, float]:
+    """Seconds per artifact, and of all training entries together under `train`."""
+    seconds = {artifact: manifest.seconds for artifact, manifest in standing.items()}
+    training = [value for artifact, value in seconds.items() if artifact.startswith("train/")]
+    return seconds | ({"train": round(sum(training), 3)} if training else {})
+
+
+def package_versions(standing: Mapping[str, Manifest]) -> dict[str, str]:
+    """Version of each package; all of them where stages were made with different ones."""
+    seen: dict[str, dict[str, None]] = {}
+    for manifest in standing.values():
+        for package, version in manifest.versions.items():
+            seen.setdefault(package, {})[version] = None
+    return {package: ", ".join(versions) for package, versions in sorted(seen.items())}
+
+
+def trainer_state(run: RunDir, artifact: str, standing: Mapping[str, Manifest]) -> dict[str, Any]:
+    """The training's history; empty where there is none."""
+    path = run.path(artifact) / "trainer_state.json"
+    return read_json(path) if artifact in standing and path.exists() else {}
+
+
+def read_columns(run: RunDir, file: str, columns: list[str]) -> pa.Table | None:
+    """Columns of a table such as `pairs/pairs.parquet`; None where the file does not exist."""
+    path = run.path(file)
+    return pq.read_table(path, columns=columns) if path.exists() else None
+
+
+def funnel(run: RunDir, standing: Mapping[str, Manifest]) -> dict[str, Any]:
+    """From instructions to preferences: counts per split, and per protocol and split. Absent stages give no keys."""
+    counts: dict[str, Any] = {}
+    if "items" in standing:
+        counts |= _item_counts(run)
+    if "pairs" in standing:
+        counts["comparisons"] = _comparison_counts(run, judged="judge" in standing)
+    return counts
+
+
+def _item_counts(run: RunDir) -> dict[str, Any]:
+    items = read_columns(run, "items/items.parquet", ["instruction_id", "split", "sft", "gold"])
+    labels = read_columns(run, "items/labels.parquet", ["verdict"])
+    if items is None:
+        return {}
+    per_split = items.group_by("split").aggregate(
+        [("instruction_id", "count_distinct"), ("split", "count"), ("sft", "sum"), ("gold", "sum")]
+    )
+    rows = {row["split"]: row for row in per_split.to_pylist()}
+    splits = [split for split in SPLITS if split in rows]
+    return {
+        "instructions": {split: rows[split]["instruction_id_count_distinct"] for split in splits},
+        "items": {split: rows[split]["split_count"] for split in splits},
+        "sft_items": {split: rows[split]["sft_sum"] or 0 for split in splits},
+        "gold_items": {split: rows[split]["gold_sum"] or 0 for split in splits},
+        "labels": 0 if labels is None else labels.num_rows,
+    }
+
+
+def _comparison_counts(run: RunDir, judged: bool) -> list[dict[str, Any]]:
+    """Rows of protocol and split; without judgments only the pairs are counted."""
+    pairs = read_columns(run, "pairs/pairs.parquet", ["pair_id", "protocol", "split"])
+    if pairs is None:
+        return []
+    totals = _by_kind(pairs)
+    verdicts: dict[str, dict[tuple[str, str], int]] = {}
+    judgments = None
+    if judged:
+        judgments = read_columns(run, "judge/judgments.parquet", ["pair_id", "verdict", "verdict_ab", "verdict_ba"])
+    if judgments is not None:
+        verdicts = _verdict_counts(pairs.join(judgments, keys="pair_id", join_type="inner"))
+        preferences = read_columns(run, "judge/preferences.parquet", ["protocol", "split"])
+        verdicts["preferences"] = {} if preferences is None else _by_kind(preferences)
+    kinds = [(protocol, split) for protocol in PROTOCOLS for split in SPLITS if totals.get((protocol, split))]
+    return [
+        {"protocol": protocol, "split": split, "pairs": totals[protocol, split]}
+        | {name: counts.get((protocol, split), 0) for name, counts in verdicts.items()}
+        for protocol, split in kinds
+    ]
+
+
+def _verdict_counts(judged: pa.Table) -> dict[str, dict[tuple[str, str], int]]:
+    verdict, first, second = (judged.column(name) for name in ("verdict", "verdict_ab", "verdict_ba"))
+    answered = pc.and_(pc.not_equal(first, "invalid"), pc.not_equal(second, "invalid"))
+    flipped = pc.and_(answered, pc.not_equal(first, second))  # null, so dropped, where one order was shown
+    return {
+        "decisive": _by_kind(judged.filter(pc.is_in(verdict, pa.array(["a", "b"])))),
+        "ties": _by_kind(judged.filter(pc.equal(verdict, "tie"))),
+        "invalid": _by_kind(judged.filter(pc.equal(verdict, "invalid"))),
+        "flipped": _by_kind(judged.filter(flipped)),
+    }
+
+
+def _by_kind(table: pa.Table) -> dict[tuple[str, str], int]:
+    counted = table.group_by(["protocol", "split"]).aggregate([("protocol", "count")]).to_pylist()
+    return {(row["protocol"], row["split"]): row["protocol_count"] for row in counted}
+
+
+def joint_similarities(run: RunDir, standing: Mapping[str, Manifest]) -> NDArray[np.float32]:
+    """Cosine similarities of the instructions of joint pairs."""
+    pairs = read_columns(run, "pairs/pairs.parquet", ["protocol", "similarity"]) if "pairs" in standing else None
+    if pairs is None:
+        return np.empty(0, dtype=np.float32)
+    joint = pairs.filter(pc.equal(pairs.column("protocol"), "joint")).column("similarity").drop_null()
+    values: NDArray[np.float32] = joint.filter(pc.is_finite(joint)).to_numpy()
+    return values
+
+
+def win_rates_of(run: RunDir, config: RunConfig, standing: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Win rates by model, `sft` first, then as the config lists them; empty where not evaluated."""
+    path = run.path("evaluate") / "win_rates.json"
+    if "evaluate" not in standing or config.sample is None or not path.exists():
+        return {}
+    models: dict[str, Any] = read_json(path)["models"]  # sorted by name: JSON files are written with sorted keys
+    return {name: models[name] for name in in_order(config, models) if name in models}
+
+
+def in_order(config: RunConfig, others: Iterable[str]) -> list[str]:
+    """`sft`, the config's models, then any other that an artifact names."""
+    return list(dict.fromkeys(["sft", *(entry.name for entry in config.train), *others]))

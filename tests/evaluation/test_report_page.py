@@ -1,0 +1,120 @@
+"""The report in a real browser."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from jpo_ray.evaluation.report import make_report
+from jpo_ray.runs import open_run
+from tests.evaluation import synthetic_run as synthetic
+from tests.evaluation.test_report import put_attack
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+LONG_NAME = "joint-only-" + "x" * 53
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on the PATH")
+    with api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    names = ["jpo", "dpo", LONG_NAME]
+    with open_run(folder / "run") as run:
+        synthetic.put_everything(run, names, tests=12)
+        make_report(run, synthetic.make_config(names), folder)
+    return folder / "index.html"
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("attacked")
+    with open_run(folder / "run") as run:
+        make_report(run, put_attack(run), folder)
+    return folder / "index.html"
+
+
+def opened(browser: "Browser", path: Path, width: int = 1400, **options: Any) -> tuple["Page", list[str]]:
+    """The page, and a list that collects its errors and every request but that for itself."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: problems.append(dialog.message))
+    page.on("request", lambda request: problems.append(request.url) if request.url != path.as_uri() else None)
+    page.goto(path.as_uri())
+    return page, problems
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_no_error_no_request_no_overflow(browser: "Browser", report: Path, width: int, scheme: str) -> None:
+    page, problems = opened(browser, report, width, color_scheme=scheme)
+    assert problems == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+def test_colors_follow_the_scheme(browser: "Browser", report: Path) -> None:
+    colors = []
+    for scheme in ("light", "dark"):
+        page, _ = opened(browser, report, color_scheme=scheme)
+        colors.append(page.evaluate("getComputedStyle(document.querySelector('svg text')).fill"))
+        page.close()
+    assert colors[0] != colors[1]
+
+
+def test_filter_and_temperature(browser: "Browser", report: Path) -> None:
+    page, problems = opened(browser, report)
+    shown, answers = page.locator(".sample-card:visible"), page.locator(".answers > div:visible")
+    assert (shown.count(), answers.count()) == (12, 12 * 4)
+    assert page.locator("#shown").inner_text() == "12 of 12 shown"
+    page.fill("#filter", "OTHER THAN PEAR")  # instructions 61 and 71 of the synthetic run
+    assert shown.count() == 2
+    assert page.locator("#shown").inner_text() == "2 of 12 shown"
+    page.fill("#filter", "no such text")
+    assert shown.count() == 0
+    page.fill("#filter", "")
+    page.select_option("#temperature", "")
+    assert answers.count() == 12 * 4 * 3
+    page.select_option("#temperature", "1.0")
+    assert answers.count() == 12 * 4
+    assert set(page.locator(".answers > div:visible .tag > span:nth-child(2)").all_inner_texts()) == {"1.0"}
+    assert problems == []
+    page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_hostile_texts_do_nothing(browser: "Browser", attacked: Path, width: int) -> None:
+    page, problems = opened(browser, attacked, width)
+    page.select_option("#temperature", "")
+    assert problems == []
+    assert page.locator("img").count() == 0
+    assert "<script>alert('x')</script>" in page.locator(".sample-card").first.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
