@@ -125,7 +125,8 @@ def _values(record: object, columns: dict[str, str], where: str) -> dict[str, An
         raise BadRow(where, "not an object", f"the row is {shorten(record)}, not an object of columns")
     if not columns:
         return record
-    kept = {name: value for name, value in record.items() if name not in columns}
+    renamed = {*columns, *columns.values()}
+    kept = {name: value for name, value in record.items() if name not in renamed}
     return kept | {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
 
 
@@ -271,7 +272,7 @@ def _jsonl(path: Path, name: str) -> Iterator[Record]:
     with path.open("rb") as file:  # as bytes: a line ends at a newline only, not at U+2028
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{name} line {number}", _parsed(line, name, number)
+                yield f"{name} line {number}", _parsed(line.rstrip(), name, number)
 
 
 def _json(path: Path, name: str) -> Iterator[Record]:

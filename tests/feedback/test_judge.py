@@ -1,0 +1,202 @@
+"""Both orders into one verdict, judgments into preferences, and what is counted of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from jpo_ray import records
+from jpo_ray.feedback.annotators import Annotator, Answer, Comparison, Verdict, score_annotator
+from jpo_ray.feedback.judge import combine_orders, comparisons_of, judge, judgment_counts, preferences
+
+
+def comparison(key: str = "k") -> Comparison:
+    return Comparison(key, f"{key}-x", f"{key}-y", "i", "x", "j", "y")
+
+
+def constant(*verdicts: Verdict, both_orders: bool = True) -> Annotator:
+    """Answers with the given verdicts in turn, whatever is asked."""
+
+    def answer(asked: Sequence[Comparison]) -> list[Answer]:
+        assert len(asked) == len(verdicts)
+        return [Answer(verdict, f"says {verdict}", 10, 0.25) for verdict in verdicts]
+
+    return Annotator("constant", answer, both_orders)
+
+
+@pytest.mark.parametrize(
+    ("ab", "ba", "combined"),
+    [
+        ("a", "b", "a"),  # a won in either place
+        ("b", "a", "b"),
+        ("a", "a", "tie"),  # the first shown won twice
+        ("b", "b", "tie"),  # the second shown won twice
+        ("a", "tie", "tie"),
+        ("b", "tie", "tie"),
+        ("tie", "a", "tie"),
+        ("tie", "b", "tie"),
+        ("tie", "tie", "tie"),
+        ("a", "invalid", "invalid"),
+        ("b", "invalid", "invalid"),
+        ("tie", "invalid", "invalid"),
+        ("invalid", "a", "invalid"),
+        ("invalid", "b", "invalid"),
+        ("invalid", "tie", "invalid"),
+        ("invalid", "invalid", "invalid"),
+        ("a", None, "a"),
+        ("b", None, "b"),
+        ("tie", None, "tie"),
+        ("invalid", None, "invalid"),
+    ],
+)
+def test_combine_orders(ab: Verdict, ba: Verdict | None, combined: Verdict) -> None:
+    assert combine_orders(ab, ba) == combined
+
+
+def test_a_judgment_of_both_orders_is_told_in_terms_of_the_original_a_and_b() -> None:
+    shown: list[tuple[str, str]] = []
+
+    def answer(asked: Sequence[Comparison]) -> list[Answer]:
+        shown.extend((each.response_a, each.response_b) for each in asked)
+        return [Answer("a", "first", 3, 0.5), Answer("invalid", "eh", 4, 0.25, "no verdict in the reply")]
+
+    assert judge([comparison()], Annotator("model", answer)) == [
+        {
+            "pair_id": "k",
+            "annotator": "model",
+            "verdict": "invalid",
+            "verdict_ab": "a",
+            "verdict_ba": "invalid",
+            "text_ab": "first",
+            "text_ba": "eh",
+            "tokens": 7,
+            "cost": 0.75,
+            "reason": "no verdict in the reply",
+        }
+    ]
+    assert shown == [("x", "y"), ("y", "x")]
+
+
+def test_agreement_and_flip_by_the_answers_as_shown() -> None:
+    keys = ["agree", "flip"]
+    rows = judge([comparison(key) for key in keys], constant("b", "a", "a", "a"))  # forward twice, then backward twice
+    assert [(row["pair_id"], row["verdict"], row["verdict_ab"], row["verdict_ba"]) for row in rows] == [
+        ("agree", "b", "b", "b"),
+        ("flip", "tie", "a", "b"),
+    ]
+
+
+def test_one_order_leaves_the_other_null_and_the_rows_fit_their_table(tmp_path: Path) -> None:
+    rows = judge([comparison("1"), comparison("2")], constant("b", "tie", both_orders=False))
+    assert [(row["verdict"], row["verdict_ba"], row["text_ba"], row["tokens"]) for row in rows] == [
+        ("b", None, None, 10),
+        ("tie", None, None, 10),
+    ]
+    table = records.write_table(tmp_path / "judgments.parquet", rows, records.JUDGMENTS)
+    assert table.to_pylist() == rows
+
+
+def test_reasons_of_both_orders_are_joined_once() -> None:
+    def answer(asked: Sequence[Comparison]) -> list[Answer]:
+        return [Answer("invalid", reason=reason) for reason in ("empty", "refused", "empty", "empty")][: len(asked)]
+
+    assert [row["reason"] for row in judge([comparison("1"), comparison("2")], Annotator("m", answer))] == [
+        "empty",
+        "refused; empty",
+    ]
+
+
+def test_an_annotator_that_loses_answers_is_an_error() -> None:
+    silent = Annotator("silent", lambda _: [Answer("a")])
+    with pytest.raises(RuntimeError, match="silent gave 1 answers to 2 questions"):
+        judge([comparison()], silent)
+    assert judge([], Annotator("silent", lambda _: [])) == []
+
+
+def test_a_judge_without_noise_never_flips() -> None:
+    annotator = score_annotator("oracle", lambda _, response: len(response), noise=0.0, tie_band=0.0, seed=0)
+    comparisons = [
+        Comparison(f"{n}-{m}", f"x{n}", f"x{m}", "i", "x" * n, "j", "x" * m) for n in range(5) for m in range(5)
+    ]
+    rows = judge(comparisons, annotator)
+    assert all(row["verdict"] == row["verdict_ab"] == row["verdict_ba"] for row in rows)
+    counts = judgment_counts(rows)
+    assert (counts["a"], counts["b"], counts["tie"], counts["flip_rate"]) == (10, 10, 5, 0.0)
+    assert counts["first_shown_share"] == 0.5
+
+
+def pair(number: int, protocol: str = "joint", split: str = "train") -> dict[str, Any]:
+    return {
+        "pair_id": f"p{number}",
+        "item_a": f"x{number}",
+        "item_b": f"y{number}",
+        "protocol": protocol,
+        "similarity": 0.5,
+        "strategy": "random",
+        "split": split,
+    }
+
+
+PAIRS = pa.Table.from_pylist(
+    [pair(1), pair(2, "conditional", "validation"), pair(3), pair(4), pair(5)], schema=records.PAIRS
+)
+
+
+def test_comparisons_carry_the_texts_of_their_items_in_the_order_of_the_pairs() -> None:
+    names = [f"{side}{number}" for number in range(5, 0, -1) for side in "xy"]
+    rows = [
+        dict.fromkeys(records.ITEMS.names, "")
+        | {"item_id": name, "instruction": f"do {name}", "response": f"did {name}"}
+        for name in names
+    ]
+    items = pa.Table.from_pylist([row | {"sft": False, "gold": False} for row in rows], schema=records.ITEMS)
+    comparisons = comparisons_of(PAIRS, items)
+    assert [each.key for each in comparisons] == ["p1", "p2", "p3", "p4", "p5"]
+    assert comparisons[1] == Comparison("p2", "x2", "y2", "do x2", "did x2", "do y2", "did y2")
+    with pytest.raises(KeyError, match="x1"):
+        comparisons_of(PAIRS, items.slice(0, 8))
+
+
+def judgment(number: int, verdict: str, ab: str = "a", ba: str | None = "a", cost: float = 0.0) -> dict[str, Any]:
+    fields = {"verdict": verdict, "verdict_ab": ab, "verdict_ba": ba, "tokens": 2, "cost": cost}
+    return dict.fromkeys(records.JUDGMENTS.names, "") | fields | {"pair_id": f"p{number}", "annotator": "m"}
+
+
+def test_preferences_are_the_decisive_verdicts(tmp_path: Path) -> None:
+    judgments = [judgment(number, verdict) for number, verdict in ((2, "b"), (1, "a"), (3, "tie"), (4, "invalid"))]
+    rows = preferences(PAIRS, judgments)
+    shared = {"weight": 1.0, "probability": 1.0}
+    assert rows == [
+        {"chosen": "y2", "rejected": "x2", "protocol": "conditional", "split": "validation", **shared},
+        {"chosen": "x1", "rejected": "y1", "protocol": "joint", "split": "train", **shared},
+    ]
+    assert records.write_table(tmp_path / "p.parquet", rows, records.PREFERENCES).num_rows == 2
+    with pytest.raises(KeyError, match="p9"):
+        preferences(PAIRS, [judgment(9, "a")])
+
+
+def test_counts_of_judgments() -> None:
+    rows = [
+        judgment(1, "a", "a", "a", cost=0.5),  # first shown once, second shown once
+        judgment(2, "tie", "a", "b", cost=0.25),  # the first shown twice
+        judgment(3, "tie", "tie", "b"),  # the first shown, when b was first
+        judgment(4, "tie", "tie", "tie"),
+        judgment(5, "invalid", "a", "invalid"),  # says nothing about position
+        judgment(6, "b", "b", None),  # one order only: nothing about position either
+    ]
+    assert judgment_counts(rows) == {
+        "judgments": 6,
+        "a": 1,
+        "b": 1,
+        "tie": 3,
+        "invalid": 1,
+        "decisive": 2,
+        "flip_rate": 0.5,  # 2 of the 4 with two valid answers
+        "first_shown_share": 0.8,  # 4 of 5 decisive answers
+        "tokens": 12,
+        "cost": 0.75,
+    }
+    nothing = judgment_counts([])
+    assert (nothing["judgments"], nothing["flip_rate"], nothing["first_shown_share"]) == (0, None, None)
