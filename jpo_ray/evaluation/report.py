@@ -156,6 +156,7 @@ def _trainings(config: RunConfig, states: Mapping[str, Mapping[str, Any]]) -> li
             "name": entry.name,
             "objective": entry.objective,
             "protocols": " + ".join(entry.protocols),
+            "compared": (entry.objective, entry.beta, *sorted(entry.protocols)),  # what puts losses on one scale
             "steps": states[entry.name].get("global_step"),
             "epochs": states[entry.name].get("epoch"),
             **final_values(states[entry.name].get("log_history") or []),

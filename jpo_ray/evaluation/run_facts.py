@@ -30,6 +30,10 @@ PENDING = {
 }
 
 
+# Artifacts beside the stages' own, made only where needed: the tiny base model, the instructions' embeddings.
+EXTRA = {"base": "items", "embeddings": "pairs"}  # name -> the stage it belongs to
+
+
 def planned_artifacts(config: RunConfig) -> list[str]:
     """The artifacts this config makes, in the order of the stages."""
     before = [stage for stage in ("items", "pairs", "judge", "sft", "reference") if stage not in off_stages(config)]
@@ -48,7 +52,10 @@ def off_stages(config: RunConfig) -> list[str]:
 
 def standing_manifests(run: RunDir, config: RunConfig) -> dict[str, Manifest]:
     """Manifests of the planned artifacts that exist. What an earlier config left behind is not this run's."""
-    found = {artifact: run.manifest(artifact) for artifact in planned_artifacts(config)}
+    names = planned_artifacts(config)
+    for extra, stage in EXTRA.items():
+        names.insert(names.index(stage) + (extra == "base"), extra)
+    found = {artifact: run.manifest(artifact) for artifact in names}
     return {artifact: manifest for artifact, manifest in found.items() if manifest is not None}
 
 

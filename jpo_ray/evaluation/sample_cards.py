@@ -32,9 +32,15 @@ def section(
         "lengths": lengths(samples, models),
         "raised": raised_temperatures(samples),
         "sample_temperatures": [repr(value) for value in sorted(samples.column("temperature").unique().to_pylist())],
-        "several_seeds": len(samples.column("seed").unique()) > 1,
+        "repeated": _repeated(samples),
         "instructions_sampled": len(samples.column("instruction_id").unique()),
     }
+
+
+def _repeated(samples: pa.Table) -> bool:
+    """Whether a model answered an instruction more than once at one temperature, so that seeds must tell them apart."""
+    asked = samples.group_by(["instruction_id", "model", "temperature"]).aggregate([])
+    return bool(asked.num_rows < samples.num_rows)
 
 
 def cards(

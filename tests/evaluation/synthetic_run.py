@@ -103,6 +103,7 @@ def put_data(run: RunDir, instructions: int, tests: int) -> None:
                 {"pair_id": pair_id(*ids, protocol) + str(first), "item_a": ids[0], "item_b": ids[1]}
                 | {"protocol": protocol, "similarity": similarity, "strategy": "similar", "split": split}
             )
+    put(run, "embeddings", {})
     put(run, "pairs", {"pairs.parquet": (pairs, records.PAIRS)}, counts={"pairs": len(pairs), "skipped_similar": 3})
     put_judgments(run, pairs, generator)
 
@@ -192,7 +193,7 @@ def sample_row(index: int, model: str, temperature: float, response: str) -> dic
         "model": model,
         "temperature": temperature,
         "effective_temperature": max(temperature, 0.01),
-        "seed": 7,
+        "seed": 1000 * index + round(10 * temperature),  # as sampled: one per instruction and temperature
         "response": response,
         "finish_reason": "length" if "certain" in response else "stop",
         "engine": "vllm",

@@ -57,16 +57,35 @@ def report(run: RunDir, config: RunConfig) -> tuple[dict[str, Any], str]:
     return json.loads((out / "summary.json").read_text()), (out / "index.html").read_text()
 
 
-def test_full_run(run: RunDir) -> None:
-    synthetic.put_everything(run)
-    summary, html = report(run, synthetic.make_config())
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The report of a finished run."""
+    with open_run(tmp_path_factory.mktemp("full") / "run") as opened:
+        synthetic.put_everything(opened)
+        return report(opened, synthetic.make_config())
+
+
+def test_full_run(full: tuple[dict[str, Any], str]) -> None:
+    summary, html = full
     assert set(summary) == {"models", "seconds", "counts", "versions"}
     assert set(summary["models"]) == {"sft", "jpo", "dpo"}
     for entry in summary["models"].values():
         assert set(entry["win_rate"]) == {"0.001", "0.5", "1.0", "mean"}
         assert entry["ci95"][0] <= entry["win_rate"]["mean"] <= entry["ci95"][1]
         assert entry["n"] + entry["invalid"] == 40 * 3
-    stages = ["items", "pairs", "judge", "sft", "reference", "train", "train/jpo", "train/dpo", "sample", "evaluate"]
+    stages = [
+        "items",
+        "embeddings",
+        "pairs",
+        "judge",
+        "sft",
+        "reference",
+        "train",
+        "train/jpo",
+        "train/dpo",
+        "sample",
+        "evaluate",
+    ]
     assert set(summary["seconds"]) == set(stages)
     parts = summary["seconds"]["train/jpo"] + summary["seconds"]["train/dpo"]
     assert summary["seconds"]["train"] == pytest.approx(parts, abs=1e-6)
@@ -78,6 +97,7 @@ def test_full_run(run: RunDir) -> None:
         assert heading in page.text
     assert page.count("svg") == 1 + 1 + 4 + 2 + 1  # win rates, SFT, measures, margins of two models, similarity
     assert page.count("article") == 40
+    assert ", seed " not in page.text
     assert not re.search(r"not evaluated|not sampled|no pairs yet", page.text)
 
 
@@ -90,7 +110,7 @@ def test_models_are_in_the_order_of_the_config(run: RunDir) -> None:
 
 
 def test_funnel_counts_add_up(run: RunDir) -> None:
-    synthetic.put_everything(run)
+    synthetic.put_data(run, 60, 40)
     counts = funnel(run, standing_manifests(run, synthetic.make_config()))
     assert counts["instructions"] == {"train": 54, "validation": 6, "test": 40}
     assert counts["items"] == {"train": 108, "validation": 12, "test": 40}
@@ -196,6 +216,15 @@ def test_model_without_a_valid_verdict(run: RunDir) -> None:
     assert "no valid verdict" in Page(html).text
 
 
+def test_seeds_are_shown_where_they_tell_samples_apart(run: RunDir) -> None:
+    rows = [synthetic.sample_row(0, "sft", 0.5, f"answer {seed}") | {"seed": seed} for seed in (5, 6)]
+    synthetic.put(run, "sample", {"samples.parquet": (rows, records.SAMPLES)})
+    synthetic.put_evaluation(run, rows)
+    text = Page(report(run, synthetic.make_config())[1]).text
+    assert "0.5, seed 5" in text
+    assert "0.5, seed 6" in text
+
+
 def put_attack(run: RunDir) -> RunConfig:
     """Every place that text can come from holds markup."""
     rows = [
@@ -220,9 +249,8 @@ def test_text_is_escaped_everywhere(run: RunDir) -> None:
     assert "7 * 7" in page.text
 
 
-def test_page_is_self_contained(run: RunDir) -> None:
-    synthetic.put_everything(run, tests=3)
-    _, html = report(run, synthetic.make_config())
+def test_page_is_self_contained(full: tuple[dict[str, Any], str]) -> None:
+    _, html = full
     for tag, attributes in Page(html).tags:
         assert tag not in ("iframe", "object", "embed", "base", "form")
         for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
@@ -233,10 +261,9 @@ def test_page_is_self_contained(run: RunDir) -> None:
     assert "http" not in without_namespaces.replace("http-equiv", "")
 
 
-def test_ids_of_charts_do_not_collide(run: RunDir) -> None:
+def test_ids_of_charts_do_not_collide(full: tuple[dict[str, Any], str]) -> None:
     """A clip path of another chart would cut this one."""
-    synthetic.put_everything(run, tests=3)
-    _, html = report(run, synthetic.make_config())
+    _, html = full
     tags = Page(html).tags
     paths = [attributes["id"] for tag, attributes in tags if tag == "clippath"]
     assert paths

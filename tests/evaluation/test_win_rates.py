@@ -168,7 +168,7 @@ def test_each_sample_is_judged_against_its_gold_in_both_orders() -> None:
     assert [(row["verdict_ab"], row["verdict_ba"]) for row in rows] == [("a", "a"), ("b", "b")]
     assert len(asked) == 4
     assert {comparison.instruction_a for comparison in asked} == {instruction_text(1), instruction_text(2)}
-    assert pa.Table.from_pylist(rows, records.SAMPLE_JUDGMENTS).column("seed").to_pylist() == [7, 7]
+    assert pa.Table.from_pylist(rows, records.SAMPLE_JUDGMENTS).column("seed").to_pylist() == [1005, 2010]
 
 
 def test_equal_samples_are_judged_once_and_every_sample_has_a_row() -> None:
