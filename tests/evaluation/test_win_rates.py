@@ -122,9 +122,9 @@ def test_no_judgments_give_no_models() -> None:
 
 def test_usual_size_is_fast() -> None:
     judgments = random_judgments(models=4, instructions=500)
-    started = time.perf_counter()
+    started = time.process_time()  # not the clock: other work on the machine is not ours
     win_rates(judgments, 2000, 0)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
 
 
 def test_table_shows_every_model_in_80_columns() -> None:
