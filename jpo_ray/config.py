@@ -144,7 +144,8 @@ class TrainConfig(OptimizerConfig):
     def _objective_takes_its_edges(self) -> "TrainConfig":
         if self.objective == "dpo" and "joint" in self.protocols:
             raise ValueError(
-                "dpo compares responses of one instruction; set protocols: [conditional], or objective: jpo for joint ones"
+                "dpo compares responses of one instruction; set protocols: [conditional], "
+                "or objective: jpo for joint ones"
             )
         if self.name == "sft":
             raise ValueError("the name `sft` is the SFT model's; choose another")
@@ -159,7 +160,7 @@ class SampleConfig(Section):
     temperatures: list[NonNegative] = Field(default=[0.001, 0.5, 1.0], min_length=1)
     max_new_tokens: Count = 400
     seed: int | None = None
-    timeout_s: Positive = 3600.0
+    timeout_s: Positive = 900.0  # longest wait for the next response, the engine's start included
 
 
 class EvaluateConfig(Section):

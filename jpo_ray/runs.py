@@ -203,8 +203,8 @@ def _remove_if_dead(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     raise InputError(
-        f"{path.parent}: in use by another run (process {holder.get('pid')} on {holder.get('host')}); wait for it, stop "
-        f"it, or use another --run-dir (a dead run's hold ends after {LEASE_EXPIRES_S:.0f} s)"
+        f"{path.parent}: in use by another run (process {holder.get('pid')} on {holder.get('host')}); wait for it, "
+        f"stop it, or use another --run-dir (a dead run's hold ends after {LEASE_EXPIRES_S:.0f} s)"
     )
 
 

@@ -23,7 +23,8 @@ class Task:
     """What is trained: how to compute a step's gradients and the held-out metrics.
 
     `gradients(step)` fills the parameters' `.grad`, the same on every rank, and returns metrics (`loss` and the step's
-    `tokens` among them); `evaluate()` returns metrics named `eval_...` (empty where nothing is held out); `steps_per_epoch` converts steps to epochs.
+    `tokens` among them). `evaluate()` returns metrics named `eval_...`, empty where nothing is held out.
+    `steps_per_epoch` converts steps to epochs.
     """
 
     gradients: Callable[[int], Metrics]

@@ -52,7 +52,8 @@ def preference_task(
         metrics = preference_metrics(outcome, scores, data.validation, rows)
         return {f"eval_{name}": value for name, value in metrics.items()}
 
-    return Task(gradients, evaluate, steps_per_epoch, total_steps or _steps(steps_per_epoch, config.num_train_epochs))
+    steps = total_steps or total_steps_of(steps_per_epoch, config.num_train_epochs)
+    return Task(gradients, evaluate, steps_per_epoch, steps)
 
 
 def check_margins(scorer: Scorer, data: PreferenceData, config: TrainConfig, dtype: str) -> float:
@@ -183,10 +184,10 @@ def sft_task(
         scores = score_all(scorer, tokens, validation, max_tokens=config.max_micro_batch_tokens)
         return {"eval_loss": float(sft(_items(scores), int(tokens.response_tokens[validation].sum())))}
 
-    return Task(gradients, evaluate, steps_per_epoch, _steps(steps_per_epoch, config.num_train_epochs))
+    return Task(gradients, evaluate, steps_per_epoch, total_steps_of(steps_per_epoch, config.num_train_epochs))
 
 
-def _steps(steps_per_epoch: int, epochs: float) -> int:
+def total_steps_of(steps_per_epoch: int, epochs: float) -> int:
     return max(1, math.ceil(steps_per_epoch * epochs))
 
 

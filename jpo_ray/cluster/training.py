@@ -1,0 +1,120 @@
+"""Training on Ray Train: the engine's loop on n workers.
+
+The engine writes checkpoints of its own into the artifact being built, atomically and with hashes, and resumes from
+the newest valid one; so does a worker group that Ray Train restarts. The folder must be visible to all workers.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jpo_ray.cluster.session import require_resources, worker_resources
+from jpo_ray.config import ClusterConfig
+from jpo_ray.errors import InputError
+
+POLL_S = 0.3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each worker runs: `function(out, device, progress, *arguments)`, a function of the engine."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+class ProgressBoard:
+    """Actor that holds the latest progress of a training run, for the driver to show."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[int, int, dict[str, float]] = (0, 0, {})
+        self.result: Any = None
+        self.input_error: str | None = None
+
+    def update(self, done: int, total: int, metrics: dict[str, float]) -> None:
+        self.latest = (done, total, metrics)
+
+    def read(self) -> tuple[int, int, dict[str, float]]:
+        return self.latest
+
+    def finish(self, result: Any, input_error: str | None) -> None:
+        self.result, self.input_error = result, input_error
+
+    def outcome(self) -> tuple[Any, str | None]:
+        return self.result, self.input_error
+
+
+def run_training(
+    ray: Any,
+    config: ClusterConfig,
+    stage: str,
+    work: Work,
+    out: Path,
+    show: Callable[[int, int, dict[str, float]], None],
+) -> Any:
+    """Run `work` on the configured number of workers; returns rank 0's result. Raises the workers' own error."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    wanted = worker_resources(ray, config, config.num_workers)
+    require_resources(ray, stage, [wanted] * config.num_workers)
+    board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    gpu = bool(wanted.get("GPU"))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"work": work, "out": str(out), "board": board, "threads": int(wanted["CPU"]), "gpu": gpu},
+        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=wanted),
+        run_config=RunConfig(
+            name=f"{stage}-{out.name}",
+            storage_path=str((out.parent / "ray-train").resolve()),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(config.start_timeout_s)),
+    )
+    stop = threading.Event()
+    shower = threading.Thread(target=_show, args=(ray, board, show, stop), daemon=True)
+    shower.start()
+    try:
+        trainer.fit()
+    finally:
+        stop.set()
+        shower.join()
+    result, input_error = ray.get(board.outcome.remote())
+    if input_error:
+        raise InputError(input_error)
+    return result
+
+
+def _show(ray: Any, board: Any, show: Callable[..., None], stop: threading.Event) -> None:
+    while not stop.wait(POLL_S):
+        show(*ray.get(board.read.remote()))
+    show(*ray.get(board.read.remote()))
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    import ray
+    import ray.train
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    board, work = settings["board"], settings["work"]
+    rank = ray.train.get_context().get_world_rank()
+    sent = 0.0
+
+    def progress(done: int, total: int, metrics: dict[str, float]) -> None:
+        nonlocal sent
+        if rank == 0 and (time.monotonic() - sent > POLL_S or done == total):
+            sent = time.monotonic()
+            board.update.remote(done, total, metrics)
+
+    device = "cuda" if settings["gpu"] else "cpu"
+    result, input_error = None, None
+    try:
+        result = work.function(Path(settings["out"]), device, progress, *work.arguments)
+    except InputError as error:  # a retry would meet it again
+        input_error = str(error)
+    if rank == 0 or input_error:
+        ray.get(board.finish.remote(result, input_error))

@@ -1,0 +1,46 @@
+"""The pipeline: which stages there are, in which order, and running them on a run directory."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from jpo_ray.config import RunConfig
+from jpo_ray.pipeline import data_stages, model_stages, result_stages
+from jpo_ray.pipeline.context import Context, Spec, run_stage
+from jpo_ray.runs import open_run, read_json
+
+STAGES: dict[str, Callable[[Context], list[Spec]]] = {
+    "items": data_stages.items_specs,
+    "pairs": data_stages.pairs_specs,
+    "judge": data_stages.judge_specs,
+    "sft": model_stages.sft_specs,
+    "reference": model_stages.reference_specs,
+    "train": model_stages.train_specs,
+    "sample": result_stages.sample_specs,
+    "evaluate": result_stages.evaluate_specs,
+    "report": result_stages.report_specs,
+}
+
+
+def run_stages(config: RunConfig, run_dir: Path, stages: Sequence[str], console: Console | None = None) -> None:
+    """Run `stages` in order on `run_dir`; finished ones whose inputs and config are unchanged are skipped."""
+    console = console or Console()
+    with open_run(run_dir) as run, ExitStack() as stack:
+        context = Context(run, config, console, STAGES, stack)
+        for stage in stages:
+            run_stage(context, stage)
+        if "report" in stages:
+            _summarise(context)
+
+
+def _summarise(context: Context) -> None:
+    from jpo_ray.evaluation.win_rates import win_rate_table
+
+    path = context.path("evaluate") / "win_rates.json"
+    if context.config.evaluate is not None and path.exists():
+        context.console.print(win_rate_table(read_json(path)))
+    else:
+        context.console.print("No win rates: `evaluate` is off in the config or has not run.", highlight=False)
+    context.console.print(f"Report: {context.path('report') / 'index.html'}", highlight=False, soft_wrap=True)

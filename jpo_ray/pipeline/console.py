@@ -1,0 +1,64 @@
+"""What a person sees while stages run: a line per stage, a progress bar (or, off a terminal, a line now and then)."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 10.0
+
+
+class Bar:
+    """Progress of one stage. `begin(total)` may come late; `to` sets, `advance` adds."""
+
+    def __init__(self, console: Console, name: str, shown: Progress | None) -> None:
+        self._console, self._name, self._shown = console, name, shown
+        self._task: TaskID | None = shown.add_task(name, total=None, note="") if shown else None
+        self._done, self._total, self._printed = 0, 0, time.monotonic()
+
+    def begin(self, total: int) -> None:
+        self._done, self._total = 0, total
+        self._update("")
+
+    def advance(self, count: int) -> None:
+        self.to(self._done + count)
+
+    def to(self, done: int, total: int | None = None, note: str = "") -> None:
+        self._done, self._total = done, self._total if total is None else total
+        self._update(note)
+
+    def _update(self, note: str) -> None:
+        if self._shown is not None and self._task is not None:
+            self._shown.update(self._task, completed=self._done, total=self._total or None, note=note)
+        elif time.monotonic() - self._printed > LINE_EVERY_S:
+            self._printed = time.monotonic()
+            self._console.print(f"  {self._name}: {self._done}/{self._total} {note}", highlight=False)
+
+
+@contextmanager
+def progress_bar(console: Console, name: str) -> Iterator[Bar]:
+    """A bar on a terminal, elsewhere a line about every ten seconds."""
+    if not console.is_terminal:
+        yield Bar(console, name, None)
+        return
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as shown:
+        yield Bar(console, name, shown)

@@ -1,0 +1,93 @@
+"""How a stage runs: what it is made from, whether it stands already, and building it."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jpo_ray.config import RunConfig
+from jpo_ray.errors import InputError
+from jpo_ray.runs import Manifest, RunDir, stage_fingerprint
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One artifact to be: its inputs (name -> hash), the config slice it depends on, and how to make it."""
+
+    artifact: str
+    stage: str
+    inputs: Mapping[str, str]
+    config: Mapping[str, Any]
+    make: Callable[[Path], dict[str, Any]]
+    keep_partial: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        return stage_fingerprint(self.artifact, self.inputs, self.config)
+
+
+@dataclass
+class Context:
+    """One invocation: the run directory, the config, the console, and Ray once a stage asks for it."""
+
+    run: RunDir
+    config: RunConfig
+    console: Console
+    specs: Mapping[str, Callable[["Context"], list[Spec]]]  # stage -> its artifacts
+    stack: ExitStack
+    _ray: Any = None
+    _known: dict[str, list[Spec]] = field(default_factory=dict)
+
+    def ray(self) -> Any:
+        """Ray, started at the first call."""
+        if self._ray is None:
+            from jpo_ray.cluster.session import ray_session
+
+            self._ray = self.stack.enter_context(ray_session(self.config.cluster))
+        return self._ray
+
+    def specs_of(self, stage: str) -> list[Spec]:
+        if stage not in self._known:
+            self._known[stage] = self.specs[stage](self)
+        return self._known[stage]
+
+    def standing(self, artifact: str, stage: str) -> Manifest:
+        """The manifest of an input. Raises `InputError` where it is missing or was made from something else."""
+        manifest = self.run.require(artifact, stage)
+        spec = next((spec for spec in self.specs_of(stage) if spec.artifact == artifact), None)
+        if spec is None or spec.fingerprint != manifest.fingerprint:
+            raise InputError(
+                f"{self.run.root}: `{artifact}` was made with another config or other input; run `jpo {stage}` again "
+                "(or `jpo run` for all that changed)"
+            )
+        return manifest
+
+    def path(self, artifact: str) -> Path:
+        return self.run.path(artifact)
+
+    def seed(self, own: int | None = None) -> int:
+        return self.config.seed if own is None else own
+
+
+def run_stage(context: Context, stage: str) -> None:
+    """Build what the stage's artifacts lack, and say what happened."""
+    for spec in context.specs_of(stage):
+        manifest, built = context.run.build(
+            spec.artifact, inputs=spec.inputs, config=spec.config, make=spec.make, keep_partial=spec.keep_partial
+        )
+        facts = ", ".join(f"{name} {_shown(value)}" for name, value in manifest.counts.items() if _is_fact(value))
+        took = f"{manifest.seconds:.1f} s" if built else "stands already"
+        context.console.print(f"[bold]{spec.artifact}[/bold] ({took}): {facts}", highlight=False)
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, int | float | str) and not isinstance(value, bool) and value not in (0, "")
+
+
+def _shown(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,223 @@
+"""The stages that make models: sft, reference, train."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from jpo_ray import records
+from jpo_ray.config import TrainConfig
+from jpo_ray.data.tokens import tokenize, tokenizer_hash
+from jpo_ray.errors import InputError
+from jpo_ray.pipeline.console import Bar, progress_bar
+from jpo_ray.pipeline.context import Context, Spec
+from jpo_ray.pipeline.data_stages import SANDBOX
+
+TINY = "tiny"
+
+
+def base_specs(context: Context) -> list[Spec]:
+    """`base` is an artifact only where the base model is made from the run's own text."""
+    if context.config.model.model_name_or_path != TINY:
+        return []
+    items = context.standing("items", "items").fingerprint
+
+    def make(out: Path) -> dict[str, Any]:
+        from jpo_ray.sandbox.model import make_tiny_model
+
+        table = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
+        texts = dict.fromkeys([*table["instruction"].to_pylist(), *table["response"].to_pylist()])
+        make_tiny_model(texts, out, seed=context.config.seed)
+        return {"texts": len(texts)}
+
+    return [Spec("base", "sft", {"items": items}, {"seed": context.config.seed}, make)]
+
+
+def base_model(context: Context) -> tuple[Path, str]:
+    """Folder and hash of the base model."""
+    from jpo_ray.engine.model import resolve_model, weights_hash
+    from jpo_ray.engine.reference import cache_folder
+
+    name = context.config.model.model_name_or_path
+    if name == TINY:
+        return context.path("base"), context.specs_of("sft")[0].fingerprint
+    if name == SANDBOX:
+        from jpo_ray.sandbox import BASE_MODEL
+
+        folder = resolve_model(str(BASE_MODEL))
+    else:
+        folder = resolve_model(name)
+    return folder, weights_hash(folder, cache_folder())
+
+
+def sft_model(context: Context) -> tuple[Path, str]:
+    """Folder and fingerprint of the SFT model: the base model itself where `sft` is off."""
+    if context.config.sft is None:
+        return base_model(context)
+    return context.path("sft"), context.standing("sft", "sft").fingerprint
+
+
+def sft_specs(context: Context) -> list[Spec]:
+    before = base_specs(context)
+    config = context.config.sft
+    if config is None:
+        return before
+    seeded = config.model_copy(update={"seed": context.seed(config.seed)})
+    items = context.standing("items", "items").fingerprint
+    base = before[0].fingerprint if before else base_model(context)[1]
+
+    def make(out: Path) -> dict[str, Any]:
+        from jpo_ray.cluster.training import Work, run_training
+        from jpo_ray.engine.jobs import train_sft
+
+        folder = context.path("base") if before else base_model(context)[0]
+        work = Work(train_sft, (folder.resolve(), context.path("items").resolve(), context.config.model, seeded))
+        with progress_bar(context.console, "fine-tuning on D_S") as bar:
+            state = run_training(context.ray(), context.config.cluster, "sft", work, out.resolve(), _shower(bar))
+        return _facts(state, ("items", "truncated"))
+
+    slice_ = {"sft": seeded.model_dump(), "model": _model_slice(context, "load_in_4bit")}
+    return [*before, Spec("sft", "sft", {"items": items, "base": base}, slice_, make, keep_partial=True)]
+
+
+def reference_specs(context: Context) -> list[Spec]:
+    inputs = {"items": context.standing("items", "items").fingerprint, "sft": sft_model(context)[1]}
+    mismatched = any(entry.objective == "kto" for entry in context.config.train)
+    slice_ = {
+        "model": _model_slice(context),
+        "mismatched": mismatched,
+        "seed": context.config.seed if mismatched else 0,
+    }
+    return [Spec("reference", "reference", inputs, slice_, lambda out: _reference(context, out, mismatched))]
+
+
+def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
+    from jpo_ray.cluster.reference import reference_scores
+    from jpo_ray.engine.dataset import mismatched_partners
+    from jpo_ray.engine.jobs import layout_of, mismatched_rows
+    from jpo_ray.engine.model import load_tokenizer, weights_hash
+    from jpo_ray.engine.reference import cache_folder, reference_key
+
+    model, cache = context.config.model, cache_folder()
+    folder = sft_model(context)[0]
+    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS).to_pylist()
+    rows, sources = items, [row["item_id"] for row in items]
+    if mismatched:
+        order = mismatched_partners([row["instruction_id"] for row in items], context.config.seed)
+        partners = {row["item_id"]: items[other]["item_id"] for row, other in zip(items, order, strict=True)}
+        rows = items + mismatched_rows(items, partners, {row["item_id"]: row for row in items})
+        sources += [partners[row["item_id"]] for row in items]
+    tokenizer = load_tokenizer(folder)
+    layout = layout_of(model)
+    tokens = tokenize(tokenizer, layout, [row["instruction"] for row in rows], [row["response"] for row in rows])
+    key = reference_key(
+        weights=weights_hash(folder, cache),
+        tokenizer=tokenizer_hash(tokenizer),
+        layout=layout,
+        dtype=model.dtype,
+        load_in_4bit=model.load_in_4bit,
+    )
+    with progress_bar(context.console, "scoring items under the reference") as bar:
+        scores, scored = reference_scores(
+            context.ray(),
+            context.config.cluster,
+            tokens,
+            model=folder.resolve(),
+            dtype=model.dtype,
+            load_in_4bit=model.load_in_4bit,
+            cache=cache,
+            key=key,
+            begin=bar.begin,
+            advance=bar.advance,
+        )
+    if not scored:
+        context.console.print("  every item was in the reference cache: no forward pass", highlight=False)
+    table = [
+        {
+            "item_id": row["item_id"],
+            "response_of": source,
+            "instruction_logprob": float(score[0]),
+            "response_logprob": float(score[1]),
+            "instruction_tokens": int(instruction),
+            "response_tokens": int(response),
+        }
+        for row, source, score, instruction, response in zip(
+            rows, sources, scores, tokens.instruction_tokens, tokens.response_tokens, strict=True
+        )
+    ]
+    records.write_table(out / "reference.parquet", table, records.REFERENCE)
+    return {
+        "items": len(items),
+        "scored now": scored,
+        "truncated": tokens.truncated,
+        "tokens": int(tokens.lengths.sum()),
+    }
+
+
+def train_specs(context: Context) -> list[Spec]:
+    return [_train_spec(context, entry) for entry in context.config.train]
+
+
+def _train_spec(context: Context, entry: TrainConfig) -> Spec:
+    seeded = entry.model_copy(update={"seed": context.seed(entry.seed)})
+    inputs = {name: context.standing(name, name).fingerprint for name in ("items", "judge", "reference")}
+    like = context.config.train_entry(entry.steps_like) if entry.steps_like else None
+
+    def make(out: Path) -> dict[str, Any]:
+        from jpo_ray.cluster.training import Work, run_training
+        from jpo_ray.engine.jobs import PreferenceInputs, train_preferences
+
+        where = PreferenceInputs(
+            sft_model(context)[0].resolve(), *(context.path(name).resolve() for name in ("items", "judge", "reference"))
+        )
+        steps = _steps_of(context, like) if like else None
+        work = Work(train_preferences, (where, context.config.model, seeded, steps))
+        stage = f"train-{entry.name}"
+        with progress_bar(context.console, f"training {entry.name}") as bar:
+            state = run_training(context.ray(), context.config.cluster, stage, work, out.resolve(), _shower(bar))
+        return _facts(state, ("comparisons", "validation_comparisons", "truncated"))
+
+    slice_ = {
+        "train": seeded.model_dump(),
+        "steps_like": like.model_dump() if like else None,
+        "model": _model_slice(context),
+    }
+    return Spec(f"train/{entry.name}", "train", inputs, slice_, make, keep_partial=True)
+
+
+def _steps_of(context: Context, entry: TrainConfig) -> int:
+    """Steps of another entry, from its epochs and the number of its comparisons."""
+    from jpo_ray.engine.tasks import total_steps_of
+
+    preferences = records.read_table(context.path("judge") / "preferences.parquet", records.PREFERENCES)
+    kinds = zip(preferences["split"].to_pylist(), preferences["protocol"].to_pylist(), strict=True)
+    count = sum(split == "train" and protocol in entry.protocols for split, protocol in kinds)
+    if not count:
+        raise InputError(f"train.{entry.name}: no decisive {' or '.join(entry.protocols)} preferences to train on")
+    per_epoch = math.ceil(min(count, entry.max_train_comparisons or count) / entry.comparisons_per_step)
+    return total_steps_of(per_epoch, entry.num_train_epochs)
+
+
+def _model_slice(context: Context, *without: str) -> dict[str, Any]:
+    """The model section, less its path: the inputs hold the weights' own hash."""
+    return context.config.model.model_dump(exclude={"model_name_or_path", *without})
+
+
+def _shower(bar: Bar) -> Any:
+    def show(done: int, total: int, metrics: dict[str, float]) -> None:
+        notes = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        if "rewards/accuracies" in metrics:
+            notes.append(f"accuracy {metrics['rewards/accuracies']:.2f}")
+        if "joint/pairs_per_second" in metrics:
+            notes.append(f"{metrics['joint/pairs_per_second']:.0f} comparisons/s")
+        bar.to(done, total, " ".join(notes))
+
+    return show
+
+
+def _facts(state: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    last: dict[str, Any] = next((entry for entry in reversed(state["log_history"]) if "eval_loss" in entry), {})
+    found = {name: state[name] for name in names} | {"steps": state["global_step"]}
+    for ours, theirs in (("held-out loss", "eval_loss"), ("held-out accuracy", "eval_rewards/accuracies")):
+        if theirs in last:
+            found[ours] = last[theirs]
+    return found

@@ -1,0 +1,167 @@
+"""The stages that show what came out: sample, evaluate, report."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from jpo_ray import records
+from jpo_ray.config import SampleConfig
+from jpo_ray.errors import InputError
+from jpo_ray.pipeline.console import progress_bar
+from jpo_ray.pipeline.context import Context, Spec
+from jpo_ray.pipeline.data_stages import make_annotator
+from jpo_ray.pipeline.model_stages import sft_model
+from jpo_ray.runs import write_json
+
+
+def sample_specs(context: Context) -> list[Spec]:
+    config = context.config.sample
+    if config is None:
+        return []
+    from jpo_ray.cluster.sampling import choose_engine
+
+    engine = choose_engine(config.engine)
+    names = _models(context, config)
+    inputs = {"items": context.standing("items", "items").fingerprint, "sft": sft_model(context)[1]}
+    inputs |= {name: context.standing(f"train/{name}", "train").fingerprint for name in names if name != "sft"}
+    slice_ = {
+        "sample": config.model_dump(exclude={"timeout_s", "engine", "models"}),
+        "models": names,
+        "engine": engine,
+        "model": context.config.model.model_dump(exclude={"model_name_or_path", "load_in_4bit"}),
+        "seed": context.seed(config.seed),
+    }
+    return [Spec("sample", "sample", inputs, slice_, lambda out: _sample(context, config, engine, names, out))]
+
+
+def _models(context: Context, config: SampleConfig) -> list[str]:
+    return config.models or ["sft", *(entry.name for entry in context.config.train)]
+
+
+def _sample(context: Context, config: SampleConfig, engine: str, names: list[str], out: Path) -> dict[str, Any]:
+    from jpo_ray.cluster.sampling import generate
+    from jpo_ray.data.tokens import prompt_ids
+    from jpo_ray.engine.jobs import layout_of
+    from jpo_ray.engine.model import load_tokenizer
+    from jpo_ray.evaluation.generation import Request, SampledModel, clean_response, effective_temperature
+
+    if engine == "transformers" and config.engine == "auto":
+        context.console.print("  vllm is not installed: sampling with transformers, which is slower", highlight=False)
+    instructions = _instructions(context, config)
+    base = sft_model(context)[0].resolve()
+    folders = {name: base if name == "sft" else context.path(f"train/{name}").resolve() for name in names}
+    full = {name for name, folder in folders.items() if not (folder / "adapter_config.json").exists()}
+    models = [SampledModel(name, folders[name], folders[name] if name in full else base) for name in names]
+    prompts = prompt_ids(load_tokenizer(base), layout_of(context.config.model), list(instructions.values()))
+    seed = context.seed(config.seed)
+    wanted = [
+        (identity, text, ids, model, temperature)
+        for model in models
+        for temperature in config.temperatures
+        for (identity, text), ids in zip(instructions.items(), prompts, strict=True)
+    ]
+    requests = [
+        Request(number, model, ids, temperature, _request_seed(seed, identity, temperature))
+        for number, (identity, _, ids, model, temperature) in enumerate(wanted)
+    ]
+    rows: list[dict[str, Any]] = []
+    with progress_bar(context.console, f"sampling {len(models)} models with {engine}") as bar:
+        bar.begin(len(requests))
+        for answer in generate(
+            context.ray(), context.config.cluster, config, engine, context.config.model.dtype, requests
+        ):
+            identity, text, _, model, temperature = wanted[answer.number]
+            rows.append(
+                {
+                    "instruction_id": identity,
+                    "instruction": text,
+                    "model": model.name,
+                    "temperature": temperature,
+                    "effective_temperature": effective_temperature(engine, temperature),
+                    "seed": requests[answer.number].seed,
+                    "response": clean_response(answer.text, context.config.model.response_prefix),
+                    "finish_reason": "length" if answer.tokens >= config.max_new_tokens else "stop",
+                    "engine": engine,
+                    "number": answer.number,
+                }
+            )
+            bar.advance(1)
+    if len(rows) != len(requests):
+        raise RuntimeError(f"sample: {len(requests)} responses asked for, {len(rows)} came")
+    rows.sort(key=lambda row: row.pop("number"))
+    records.write_table(out / "samples.parquet", rows, records.SAMPLES)
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    return {"samples": len(rows), "instructions": len(instructions), "engine": engine, "cut at max_new_tokens": cut}
+
+
+def _instructions(context: Context, config: SampleConfig) -> dict[str, str]:
+    """Instructions of the split, the first ones in data order: id -> text. Those with a gold response where any has."""
+    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS).to_pylist()
+    here = [item for item in items if item["split"] == config.split]
+    with_gold = [item for item in here if item["gold"]]
+    found = {item["instruction_id"]: item["instruction"] for item in with_gold or here}
+    if not found:
+        raise InputError(f"sample: no instructions in the {config.split} split; give items.{config.split}")
+    return dict(list(found.items())[: config.max_instructions])
+
+
+def _request_seed(seed: int, identity: str, temperature: float) -> int:
+    """The same for all models, so that they are compared under the same random numbers."""
+    digest = hashlib.sha256(json.dumps([seed, identity, temperature]).encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def evaluate_specs(context: Context) -> list[Spec]:
+    config = context.config.evaluate
+    if config is None:
+        return []
+    if context.config.sample is None:
+        raise InputError("evaluate: there are no samples, `sample` is off in the config; set evaluate=null too")
+    judge = config.judge or context.config.judge
+    inputs = {name: context.standing(name, name).fingerprint for name in ("items", "sample")}
+    slice_ = {"evaluate": config.model_dump(), "judge": judge.model_dump(), "seed": context.config.seed}
+
+    def make(out: Path) -> dict[str, Any]:
+        from jpo_ray.evaluation.win_rates import judge_samples, win_rates
+
+        samples = records.read_table(context.path("sample") / "samples.parquet", records.SAMPLES)
+        with progress_bar(context.console, "judging samples against gold") as bar:
+            bar.begin(samples.num_rows)
+            rows = judge_samples(samples, _golds(context), make_annotator(context, judge))
+            bar.advance(samples.num_rows)
+        table = records.write_table(out / "judgments.parquet", rows, records.SAMPLE_JUDGMENTS)
+        result = win_rates(table, config.bootstrap_samples, context.config.seed)
+        write_json(out / "win_rates.json", result)
+        invalid = sum(row["verdict"] == "invalid" for row in rows)
+        return {"judgments": len(rows), "invalid": invalid}
+
+    return [Spec("evaluate", "evaluate", inputs, slice_, make)]
+
+
+def _golds(context: Context) -> dict[str, str]:
+    items: pa.Table = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
+    return {item["instruction_id"]: item["response"] for item in items.to_pylist() if item["gold"]}
+
+
+def report_specs(context: Context) -> list[Spec]:
+    names = ["items", "embeddings", "pairs", "judge", "sft", "reference"]
+    names += [f"train/{entry.name}" for entry in context.config.train] + ["sample", "evaluate"]
+    standing = {name: manifest for name in names if (manifest := context.run.manifest(name))}
+    if not standing:
+        raise InputError(f"{context.run.root}: nothing to report yet; run `jpo run` first")
+    inputs = {name: manifest.fingerprint for name, manifest in standing.items()}
+
+    def make(out: Path) -> dict[str, Any]:
+        from jpo_ray.evaluation.report import make_report
+
+        return make_report(context.run, context.config, out)
+
+    slice_ = {
+        "config": context.config.model_dump(mode="json"),
+        "time": math.floor(sum(m.seconds for m in standing.values())),
+    }
+    return [Spec("report", "report", inputs, slice_, make)]
