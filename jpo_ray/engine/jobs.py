@@ -1,0 +1,162 @@
+"""What a training worker runs, from artifacts on disk to a trained model on disk. Works without Ray, in one process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from jpo_ray import records
+from jpo_ray.config import BaseModelConfig, SFTConfig, TrainConfig
+from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
+from jpo_ray.engine.checkpoints import newest_checkpoint
+from jpo_ray.engine.dataset import PreferenceData, edge_list
+from jpo_ray.engine.loop import Progress, train
+from jpo_ray.engine.model import DTYPES, load_model, load_policy, load_tokenizer
+from jpo_ray.engine.scoring import make_scorer
+from jpo_ray.engine.tasks import check_margins, preference_task, sft_task
+from jpo_ray.errors import InputError
+
+
+@dataclass(frozen=True)
+class PreferenceInputs:
+    """Where the `train` stage reads: folders of the SFT model and of the items, judge and reference artifacts."""
+
+    model: Path
+    items: Path
+    judge: Path
+    reference: Path
+
+
+def layout_of(model: BaseModelConfig) -> Layout:
+    return Layout(model.template, model.response_prefix, model.max_length)
+
+
+def train_sft(
+    out: Path,
+    device: str,
+    progress: Progress | None,
+    base: Path,
+    items: Path,
+    model: BaseModelConfig,
+    config: SFTConfig,
+) -> dict[str, Any]:
+    """Fine-tune all parameters on D_S, the loss on the responses; returns the trainer state with data counts."""
+    tokenizer = load_tokenizer(base)
+    table = records.read_table(items / "items.parquet", records.ITEMS)
+    rows = [row for row in table.to_pylist() if row["sft"] and row["split"] in ("train", "validation")]
+    tokens = _tokenize(tokenizer, model, rows)
+    of_split = {split: _numbers(row["split"] == split for row in rows) for split in ("train", "validation")}
+    if not len(of_split["train"]):
+        raise InputError("sft: no training items; check items.train")
+    policy = load_model(base, dtype="float32", device=device)
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    scorer = make_scorer(policy, dropout_seed=_seed(config), autocast=_autocast(model))
+    task = sft_task(scorer, tokens, of_split["train"], of_split["validation"], config, _seed(config))
+    state = train(policy, tokenizer, task, config, out, progress=progress)
+    return state | {"truncated": tokens.truncated, "items": len(of_split["train"])}
+
+
+def train_preferences(
+    out: Path,
+    device: str,
+    progress: Progress | None,
+    inputs: PreferenceInputs,
+    model: BaseModelConfig,
+    config: TrainConfig,
+    total_steps: int | None,
+) -> dict[str, Any]:
+    """Train one entry of `train`; returns the trainer state with data counts."""
+    tokenizer = load_tokenizer(inputs.model)
+    data = load_preferences(tokenizer, inputs, model, config)
+    policy = load_policy(inputs.model, model, config, seed=_seed(config), device=device)
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.use_peft:
+            policy.enable_input_require_grads()
+    autocast = None if config.use_peft else _autocast(model)
+    scorer = make_scorer(policy, dropout_seed=_seed(config), autocast=autocast)
+    if newest_checkpoint(out) is None:  # before the first update the policy is the reference
+        check_margins(scorer, data, config, model.dtype)
+    task = preference_task(scorer, data, config, _seed(config), total_steps)
+    state = train(policy, tokenizer, task, config, out, progress=progress)
+    return state | {
+        "truncated": data.tokens.truncated,
+        "comparisons": min(len(data.train), config.max_train_comparisons or len(data.train)),
+        "validation_comparisons": len(data.validation),
+    }
+
+
+def load_preferences(
+    tokenizer: Any, inputs: PreferenceInputs, model: BaseModelConfig, config: TrainConfig
+) -> PreferenceData:
+    """Items, their reference log-probs and edges. Raises `InputError` where the reference lacks an item."""
+    items = records.read_table(inputs.items / "items.parquet", records.ITEMS).to_pylist()
+    preferences = records.read_table(inputs.judge / "preferences.parquet", records.PREFERENCES)
+    reference = records.read_table(inputs.reference / "reference.parquet", records.REFERENCE)
+    used = {*preferences["chosen"].to_pylist(), *preferences["rejected"].to_pylist()}
+    rows = [row for row in items if row["item_id"] in used]
+    row_of = {row["item_id"]: number for number, row in enumerate(rows)}
+    partners = _partners(reference) if config.objective == "kto" else {}
+    scored = rows + mismatched_rows(rows, partners, {row["item_id"]: row for row in items})
+    train_edges, validation_edges = (
+        edge_list(preferences, row_of, split, config.protocols) for split in ("train", "validation")
+    )
+    if not len(train_edges):
+        raise InputError(
+            f"train.{config.name}: no decisive {' or '.join(config.protocols)} preferences to train on; "
+            "check pairs, judge and train.protocols"
+        )
+    return PreferenceData(
+        tokens=_tokenize(tokenizer, model, scored),
+        reference=_reference_of(reference, rows, partners),
+        items=len(rows),
+        train=train_edges,
+        validation=validation_edges,
+    )
+
+
+def mismatched_rows(
+    rows: Sequence[dict[str, Any]], partners: dict[str, str], by_id: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """For each item that has a partner, its instruction with the partner's response."""
+    return [
+        row | {"response": by_id[partners[row["item_id"]]]["response"]} for row in rows if row["item_id"] in partners
+    ]
+
+
+def _partners(reference: pa.Table) -> dict[str, str]:
+    pairs = zip(reference["item_id"].to_pylist(), reference["response_of"].to_pylist(), strict=True)
+    return {item: response_of for item, response_of in pairs if item != response_of}
+
+
+def _reference_of(reference: pa.Table, rows: Sequence[dict[str, Any]], partners: dict[str, str]) -> Any:
+    names = ("item_id", "response_of", "instruction_logprob", "response_logprob")
+    columns = (reference[name].to_pylist() for name in names)
+    found = {(item, source): (i, r) for item, source, i, r in zip(*columns, strict=True)}
+    wanted = [(row["item_id"], row["item_id"]) for row in rows]
+    wanted += [(row["item_id"], partners[row["item_id"]]) for row in rows if row["item_id"] in partners]
+    if missing := sum(key not in found for key in wanted):
+        raise InputError(f"the reference lacks {missing} of {len(wanted)} items; run `jpo reference` again")
+    return np.array([found[key] for key in wanted], dtype=np.float64).reshape(-1, 2)
+
+
+def _tokenize(tokenizer: Any, model: BaseModelConfig, rows: Sequence[dict[str, Any]]) -> TokenizedItems:
+    instructions, responses = [row["instruction"] for row in rows], [row["response"] for row in rows]
+    return tokenize(tokenizer, layout_of(model), instructions, responses)
+
+
+def _numbers(flags: Any) -> Any:
+    return np.flatnonzero(np.fromiter(flags, dtype=bool))
+
+
+def _seed(config: SFTConfig | TrainConfig) -> int:
+    return config.seed or 0
+
+
+def _autocast(model: BaseModelConfig) -> torch.dtype | None:
+    return DTYPES["bfloat16"] if model.dtype == "bfloat16" else None
