@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from jpo_ray import records
-from jpo_ray.data.sources import LabelVerdict, Row, SourceRows
+from jpo_ray.data.formats import LabelVerdict, Row
+from jpo_ray.data.sources import SourceRows
 
 _SFT_SPLITS = ("train", "validation")
 _GOLD_SPLITS = ("validation", "test")

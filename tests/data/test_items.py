@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from jpo_ray import records
+from jpo_ray.data.formats import LabelVerdict, Row
 from jpo_ray.data.items import ItemTables, build_items
-from jpo_ray.data.sources import LabelVerdict, Row, SourceRows
+from jpo_ray.data.sources import SourceRows
 
 
 def source(kind: str, *rows: Row, name: str = "file", skipped: dict[str, int] | None = None) -> SourceRows:

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jpo_ray.config import Source
-from jpo_ray.data.sources import Row, SourceRows, parse_rows
+from jpo_ray.data.formats import Row
+from jpo_ray.data.sources import SourceRows, parse_rows
 
 from .reading import FRUIT, MEND, error_of, jsonl, read
 

@@ -1,0 +1,173 @@
+"""Formats: what a raw row of named columns says, as one or two items and perhaps a verdict.
+
+Texts are kept exactly as they stand. A conversation becomes one instruction and one response: the response is its last
+assistant message, the instruction all before it (what follows is left out). A lone user message is taken as it is;
+anything longer, or with a system message, is written out as blocks `role: content` with an empty line between, since an
+item's instruction is one text. The string `\\n\\nHuman: ...\\n\\nAssistant: ...` (Anthropic HH) is such a conversation.
+"""
+
+import re
+from dataclasses import dataclass
+from reprlib import repr as shorten
+from typing import Any, Literal
+
+from jpo_ray.config import Source
+from jpo_ray.errors import InputError
+
+Item = tuple[str, str]  # instruction, response
+LabelVerdict = Literal["a", "b", "tie"]
+
+# Columns that a format cannot do without; where several formats fit, a format of pairs is taken before the others.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "dove": ("i_chosen", "r_chosen", "i_reject", "r_reject"),
+    "dove_raw": ("instruction_0", "response_0", "instruction_1", "response_1"),
+    "dove_single": ("instruction", "response_0", "response_1"),
+    "trl_preference": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "gold": ("instruction", "gold_response"),
+    "sft": ("instruction", "response"),
+}
+_WITHOUT_PAIRS = ("messages", "gold", "sft")
+ID_COLUMNS = ("id", "instruction_id", "row_id")
+COLUMNS = {*ID_COLUMNS, "feedback", "prompt", "gold_response"}.union(*REQUIRED.values())
+_FEEDBACK: dict[str, LabelVerdict] = {"0": "a", "1": "b", "2": "tie"}  # the better response by number, or equal
+_HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of data: the items it holds and what it says about them."""
+
+    items: tuple[Item, ...]  # one or two
+    verdict: LabelVerdict | None  # of items[0] against items[1], where the data say
+    gold: str | None  # gold response to items[0]'s instruction
+    where: str  # "file.jsonl line 12" or "file.parquet row 12", for errors
+    kind: str  # its format
+
+
+class BadRow(InputError):
+    """A row that cannot be used; skipped rows are counted by `reason`."""
+
+    def __init__(self, where: str, reason: str, detail: str = "") -> None:
+        super().__init__(f"{where}: {detail or reason}; mend it or set items.on_bad_rows: skip")
+        self.reason = reason
+
+
+def format_of(values: dict[str, Any], source: Source, where: str) -> str:
+    """The format that the columns fit; `BadRow` where none does, or several that mean different things."""
+    missing = {kind: [name for name in names if name not in values] for kind, names in REQUIRED.items()}
+    found = f"columns found: {', '.join(map(str, values)) or 'none'}"
+    if source.format != "auto":
+        for name in missing[source.format]:
+            raise BadRow(where, f"missing `{name}`", f"`{name}` is missing, format {source.format} needs it; {found}")
+        return source.format
+    fitting = [kind for kind in REQUIRED if not missing[kind]]
+    if not fitting:
+        known = "; ".join(f"{kind} ({', '.join(names)})" for kind, names in REQUIRED.items())
+        raise BadRow(where, "unknown columns", f"{found}; formats known: {known}; rename with the source's `columns`")
+    if fitting[0] in _WITHOUT_PAIRS and len(fitting) > 1:
+        raise BadRow(
+            where, "ambiguous columns", f"{found}; they fit {' and '.join(fitting)}: set the source's `format`"
+        )
+    return fitting[0]
+
+
+def row_of(values: dict[str, Any], kind: str, where: str) -> Row:
+    """The row in a known format. Raises `BadRow`."""
+    verdict: LabelVerdict | None = "a" if kind in ("dove", "trl_preference") else None
+    gold: str | None = None
+    items: tuple[Item, ...]
+    if kind == "trl_preference":
+        items = (_trl_item(values, "chosen", where), _trl_item(values, "rejected", where))
+    elif kind == "messages":
+        items = (_item(_messages(values, "messages", where), "messages", where),)
+    elif kind == "dove_single":
+        instruction, *responses = [_text(values, name, where) for name in REQUIRED[kind]]
+        items = ((instruction, responses[0]), (instruction, responses[1]))
+        gold = None if values.get("gold_response") is None else _text(values, "gold_response", where)
+    else:  # the columns come as instruction, response, instruction, response
+        texts = [_text(values, name, where) for name in REQUIRED[kind]]
+        items = tuple(zip(texts[::2], texts[1::2], strict=True))
+    if kind in ("dove_raw", "dove_single"):
+        verdict = _feedback(values.get("feedback"), where)
+    elif kind == "gold":
+        gold = items[0][1]
+    return Row(items, verdict, gold, where, kind)
+
+
+def _feedback(value: Any, where: str) -> LabelVerdict | None:
+    if value is None or value != value:  # NaN is what pandas writes for an absent number
+        return None
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
+    verdict = None if isinstance(number, bool) else _FEEDBACK.get(str(number))
+    if verdict is None:
+        detail = f"`feedback` is {shorten(value)}, not 0 (first better), 1 (second better) or 2 (equal)"
+        raise BadRow(where, "bad `feedback`", detail)
+    return verdict
+
+
+def _trl_item(values: dict[str, Any], side: str, where: str) -> Item:
+    """The item of one side; its instruction is `prompt` unless the side is a whole conversation."""
+    prompt, answer = values.get("prompt"), values.get(side)
+    if isinstance(answer, list):
+        messages = _messages(values, side, where)
+    elif prompt is None:
+        messages = _hh_messages(_text(values, side, where))
+    else:
+        messages = [("assistant", _text(values, side, where))]
+    if isinstance(prompt, list):
+        messages = [*_messages(values, "prompt", where), *messages]
+    elif prompt is not None and len(messages) == 1:  # else the prompt only repeats its start, as in UltraFeedback
+        messages = [("user", _text(values, "prompt", where)), *messages]
+    return _item(messages, side, where)
+
+
+def _hh_messages(text: str) -> list[Item]:
+    before, *turns = _HH_TURN.split(text)
+    messages = [("user", before)] if before.strip() else []
+    roles = ["user" if name == "Human" else "assistant" for name in turns[::2]]
+    return messages + list(zip(roles, turns[1::2], strict=True))
+
+
+def _messages(values: dict[str, Any], name: str, where: str) -> list[Item]:
+    """(role, content) of each message in a column."""
+    given = values.get(name)
+    if not isinstance(given, list):
+        raise BadRow(where, f"bad `{name}`", f"`{name}` is {shorten(given)}, not a list of messages")
+    for message in given:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+            raise BadRow(where, f"bad `{name}`", f"`{name}` holds {shorten(message)}, not {{role, content}}")
+    return [(message["role"], _string(message["content"], f"{name}.content", where)) for message in given]
+
+
+def _item(messages: list[Item], name: str, where: str) -> Item:
+    """Instruction and response of a conversation."""
+    messages = [(role, content) for role, content in messages if role != "system" or content.strip()]
+    last = max((index for index, (role, _) in enumerate(messages) if role == "assistant"), default=0)
+    if last == 0:
+        raise BadRow(where, f"bad `{name}`", f"`{name}` has no assistant message that answers another one")
+    before, response = messages[:last], messages[last][1]
+    lone = len(before) == 1 and before[0][0] == "user"
+    instruction = before[0][1] if lone else "\n\n".join(f"{role}: {content}" for role, content in before)
+    both = {f"{name} instruction": instruction, f"{name} response": response}
+    return _text(both, f"{name} instruction", where), _text(both, f"{name} response", where)
+
+
+def _text(values: dict[str, Any], name: str, where: str) -> str:
+    if name not in values:
+        raise BadRow(where, f"missing `{name}`")
+    text = _string(values[name], name, where)
+    if not text.strip():
+        raise BadRow(where, f"empty `{name}`")
+    return text
+
+
+def _string(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(where, f"`{name}` is not text", f"`{name}` is {shorten(value)}, not text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell and no file can store
+            raise BadRow(where, f"`{name}` is not Unicode") from error
+    return value
