@@ -118,14 +118,14 @@ def make_tiny_model(
     out_dir: Path,
     *,
     vocab_size: int = 1280,
-    hidden_size: int = 160,
-    intermediate_size: int = 448,
+    hidden_size: int = 128,
+    intermediate_size: int = 384,
     layers: int = 4,
     seed: int = 0,
 ) -> None:
     """Train a tokenizer on the texts and save it with a randomly initialised Llama in `out_dir`.
 
-    The defaults give about 1.5 million parameters; the vocabulary is smaller than `vocab_size` where the texts do not
+    The defaults give about 1.0 million parameters; the vocabulary is smaller than `vocab_size` where the texts do not
     hold that many pieces. ValueError as `make_tokenizer` and `new_model`.
     """
     tokenizer = make_tokenizer(texts, vocab_size)

@@ -79,13 +79,13 @@ def mean_loss(model: LlamaForCausalLM, batch: list[list[int]]) -> torch.Tensor:
 def pretrain(
     out_dir: Path,
     *,
-    examples: int = 200_000,
+    examples: int = 150_000,
     seed: int = 0,
     batch_size: int = 64,
     learning_rate: float = 5e-3,
     vocab_size: int = 1280,
-    hidden_size: int = 160,
-    intermediate_size: int = 448,
+    hidden_size: int = 128,
+    intermediate_size: int = 384,
     layers: int = 4,
     progress: bool = True,
 ) -> dict[str, float]:
