@@ -6,6 +6,7 @@ Heavy packages are imported by the command that needs them, so that `jpo --help`
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from jpo_ray import __version__
@@ -110,7 +111,22 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jpo: stopped; the same command goes on from the last finished stage or checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        return _failed(error, getattr(arguments, "run_dir", None))
     return 0
+
+
+def _failed(error: Exception, run_dir: Path | None) -> int:
+    """One line for people, the traceback into the run directory for whoever mends it."""
+    reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
+    print(f"jpo: failed: {type(error).__name__}: {reason[:400]}", file=sys.stderr)
+    if run_dir is None or not run_dir.is_dir() or os.environ.get("JPO_DEBUG"):
+        traceback.print_exception(error)
+    else:
+        path = run_dir / "error.log"
+        path.write_text("".join(traceback.format_exception(error)))
+        print(f"jpo: the whole of it: {path}; the same command goes on where this one stopped", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

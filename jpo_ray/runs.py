@@ -257,7 +257,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON aside, flush it to disk and rename it into place."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with staged.open("w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
+        json.dump(content, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

@@ -16,7 +16,6 @@ from jpo_ray.evaluation.generation import Generated, Request, SampledModel, Tran
 TRANSFORMERS_BATCH = 64
 VLLM_BATCH = 64
 VLLM_CPU_BATCH_TOKENS = 8192
-VLLM_RESTARTS = 2  # of an engine that dies; Ray Data's default is to restart it for ever
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # On a machine without GPU: no memory beyond this for the key-value cache, no look-ups on the Hub.
 VLLM_CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -38,7 +37,8 @@ def generate(
 ) -> Iterator[Generated]:
     """Answers as they come, in any order. One engine per base model holds all its adapters.
 
-    Raises `TimeoutError` where no answer comes for `config.timeout_s`.
+    Ray Data starts a dead engine again without end, so one that never answers is found by its silence: raises
+    `TimeoutError` where no answer comes for `config.timeout_s`.
     """
     bases = list(dict.fromkeys(request.model.base for request in requests))
     for base in bases:
@@ -85,7 +85,6 @@ def _vllm(
             "tokens": row["num_generated_tokens"],
         },
     )
-    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = VLLM_RESTARTS
     for row in processor(ray.data.from_items([_row(request) for request in requests])).iter_rows():
         yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]))
 

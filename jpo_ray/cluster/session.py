@@ -9,9 +9,10 @@ from typing import Any
 from jpo_ray.config import ClusterConfig
 from jpo_ray.errors import InputError
 
-# Set before Ray starts: the controller polls its workers this often, and a report waits for the poll.
-QUIET_AND_QUICK = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+# Set before Ray starts, unless the user did.
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train polls its workers this often
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -25,7 +26,7 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
 
     What this call started it also stops.
     """
-    for name, value in QUIET_AND_QUICK.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -41,12 +42,14 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # Ray's libraries log each step of theirs, and turn their loggers on again whenever they start; errors still come
+    # as exceptions. JPO_DEBUG leaves all of it on.
+    logging.disable(logging.NOTSET if os.environ.get("JPO_DEBUG") else logging.WARNING)
     try:
         yield ray
     finally:
         ray.shutdown()
+        logging.disable(logging.NOTSET)
 
 
 def require_resources(ray: Any, stage: str, bundles: list[dict[str, float]]) -> None:

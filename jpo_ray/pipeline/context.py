@@ -78,9 +78,17 @@ def run_stage(context: Context, stage: str) -> None:
         manifest, built = context.run.build(
             spec.artifact, inputs=spec.inputs, config=spec.config, make=spec.make, keep_partial=spec.keep_partial
         )
-        facts = ", ".join(f"{name} {_shown(value)}" for name, value in manifest.counts.items() if _is_fact(value))
         took = f"{manifest.seconds:.1f} s" if built else "stands already"
-        context.console.print(f"[bold]{spec.artifact}[/bold] ({took}): {facts}", highlight=False)
+        facts = ", ".join(
+            f"{_name(name)} {_shown(value)}" for name, value in manifest.counts.items() if _is_fact(value)
+        )
+        context.console.print(
+            f"[bold]{spec.artifact}[/bold] [dim]{took}[/dim]  {facts}", highlight=False, soft_wrap=True
+        )
+
+
+def _name(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _is_fact(value: Any) -> bool:

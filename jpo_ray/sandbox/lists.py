@@ -40,7 +40,10 @@ class ListTask:
         return rng.choice(_REPLIES).format(category=self.category, items=joined(items))
 
     def _items(self, rng: Random, count: int) -> list[str]:
-        return rng.sample([word for word in CATEGORIES[self.category] if word not in self.excluded], count)
+        # People name things in a customary order; a tiny model that decodes greedily then has a next thing to name
+        # instead of the same one again.
+        words = CATEGORIES[self.category]
+        return sorted(rng.sample([word for word in words if word not in self.excluded], count), key=words.index)
 
     def good(self, rng: Random) -> str:
         """Exactly as many as asked, all allowed."""
