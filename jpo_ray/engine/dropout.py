@@ -4,8 +4,6 @@ An item then meets the same mask in whatever micro-batch, phase or worker it is 
 nothing. The mask is a hash of its coordinates: nothing is stored, and backward through a recomputed forward agrees.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -43,8 +41,11 @@ class KeyedDropout(nn.Module):
 
 
 def install(model: nn.Module) -> DropoutKeys:
-    """Replace every active `nn.Dropout` of the model; returns the keys to set before each forward pass."""
-    keys = DropoutKeys()
+    """Replace every active `nn.Dropout` of the model; returns the keys to set before each forward pass.
+
+    A model that was seen before keeps its layers and their keys.
+    """
+    keys = next((module.keys for module in model.modules() if isinstance(module, KeyedDropout)), DropoutKeys())
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
     for salt, (name, module) in enumerate(found):
         if module.p > 0:
@@ -74,5 +75,5 @@ def mix32(x: Tensor) -> Tensor:
 
 def mix_int(value: int) -> int:
     """`mix32` of a Python integer, as a non-negative number below 2^31 (so that sums with int32 stay defined)."""
-    low = torch.tensor(math.remainder(value, 2**31), dtype=torch.int32)
+    low = torch.tensor(value % 2**31, dtype=torch.int32)
     return int(mix32(low)) & 0x3FFFFFFF

@@ -57,7 +57,7 @@ def train_sft(
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = make_scorer(policy, dropout_seed=_seed(config), autocast=_autocast(model))
     task = sft_task(scorer, tokens, of_split["train"], of_split["validation"], config, _seed(config))
-    state = train(policy, tokenizer, task, config, out, progress=progress)
+    state = train(policy, tokenizer, task, config, out, progress=progress, final_dtype=DTYPES[model.dtype])
     return state | {"truncated": tokens.truncated, "items": len(of_split["train"])}
 
 
@@ -83,7 +83,8 @@ def train_preferences(
     if newest_checkpoint(out) is None:  # before the first update the policy is the reference
         check_margins(scorer, data, config, model.dtype)
     task = preference_task(scorer, data, config, _seed(config), total_steps)
-    state = train(policy, tokenizer, task, config, out, progress=progress)
+    final_dtype = None if config.use_peft else DTYPES[model.dtype]
+    state = train(policy, tokenizer, task, config, out, progress=progress, final_dtype=final_dtype)
     return state | {
         "truncated": data.tokens.truncated,
         "comparisons": min(len(data.train), config.max_train_comparisons or len(data.train)),
@@ -102,7 +103,14 @@ def load_preferences(
     rows = [row for row in items if row["item_id"] in used]
     row_of = {row["item_id"]: number for number, row in enumerate(rows)}
     partners = _partners(reference) if config.objective == "kto" else {}
+    if config.objective == "kto" and not row_of.keys() <= partners.keys():
+        raise InputError(
+            f"train.{config.name}: kto compares with responses to other instructions and the reference has none; give "
+            "data with more than one instruction and run `jpo reference` again"
+        )
     scored = rows + mismatched_rows(rows, partners, {row["item_id"]: row for row in items})
+    if config.objective == "kto" and len(scored) != 2 * len(rows):
+        raise InputError(f"train.{config.name}: kto needs items of at least two instructions")
     train_edges, validation_edges = (
         edge_list(preferences, row_of, split, config.protocols) for split in ("train", "validation")
     )

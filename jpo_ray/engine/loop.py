@@ -37,12 +37,20 @@ Progress = Callable[[int, int, Metrics], None]
 
 
 def train(
-    model: Any, tokenizer: Any, task: Task, config: OptimizerConfig, out: Path, *, progress: Progress | None = None
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    config: OptimizerConfig,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    final_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place, resuming from the newest valid checkpoint in `out`; returns the trainer state.
 
     Leaves in `out` the final weights, `trainer_state.json` and the best and the last checkpoint. Every rank must call
-    it; rank 0 writes. The best checkpoint is the one with the lowest `eval_loss`.
+    it; rank 0 writes. The best checkpoint is the one with the lowest `eval_loss`. `final_dtype` is that of the final
+    weights, where it differs from training's.
     """
     parameters = trainable(model)
     optimizer = make_optimizer(parameters, config)
@@ -73,7 +81,7 @@ def train(
             _evaluate(model, task, state)
         if saves:
             _checkpoint(out, model, tokenizer, optimizer, state)
-    _finish(out, model, tokenizer, state)
+    _finish(out, model if final_dtype is None else model.to(final_dtype), tokenizer, state)
     return state
 
 

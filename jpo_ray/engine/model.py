@@ -59,9 +59,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_model(folder: Path, *, dtype: str, load_in_4bit: bool = False, device: str = "cpu") -> Any:
     """A causal language model in evaluation mode. `dtype` is the compute dtype where the weights are 4-bit."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {}
+    config = AutoConfig.from_pretrained(folder)
+    _disable_attention_dropout(config)
+    options: dict[str, Any] = {"config": config}
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -72,19 +74,18 @@ def load_model(folder: Path, *, dtype: str, load_in_4bit: bool = False, device: 
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], use_safetensors=True, device_map=device, **options
     )
-    _disable_attention_dropout(model)
     return model.eval()
 
 
-def _disable_attention_dropout(model: Any) -> None:
-    """Attention dropout acts inside fused kernels, where masks cannot be keyed by item; training does without it."""
-    for module in model.modules():
+def _disable_attention_dropout(config: Any) -> None:
+    """Attention dropout acts inside fused kernels, where masks cannot be keyed by item; training does without it.
+
+    In the config, before the model is built: some architectures read it once, into a layer of their own.
+    """
+    for part in (config, config.get_text_config()):
         for name in ("attention_dropout", "attn_pdrop"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    for name in ("attention_dropout", "attn_pdrop"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.0)
+            if hasattr(part, name):
+                setattr(part, name, 0.0)
 
 
 def load_policy(folder: Path, model: BaseModelConfig, train: TrainConfig, *, seed: int, device: str = "cpu") -> Any:

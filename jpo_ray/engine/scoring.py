@@ -46,14 +46,22 @@ def make_scorer(model: Any, *, dropout_seed: int = 0, autocast: torch.dtype | No
 
 @torch.no_grad()
 def _projects_plainly(model: Any, backbone: Any, head: Any, device: torch.device) -> bool:
-    """Whether the model's logits are `head(hidden)`: some models scale or cap them afterwards."""
+    """Whether the model's logits are `head(hidden)`: some models scale or cap them, or scale the hidden states.
+
+    What the head gave is compared with the logits exactly: a cap hardly changes the small logits of these few tokens.
+    """
     ids = torch.arange(1, 9, device=device).unsqueeze(0) % head.weight.shape[0]
     was_training = model.training
     model.eval()
-    ours = head(backbone(input_ids=ids, use_cache=False).last_hidden_state)
-    theirs = model(input_ids=ids, use_cache=False).logits
+    seen: list[Tensor] = []
+    hook = head.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
+    logits = model(input_ids=ids, use_cache=False).logits
+    hook.remove()
+    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
-    return torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3)
+    if len(seen) != 2 or not torch.equal(seen[1].float(), logits.float()):
+        return False
+    return torch.allclose(seen[0].float(), hidden.float(), rtol=1e-3, atol=1e-3)
 
 
 def micro_batches(
@@ -65,7 +73,7 @@ def micro_batches(
     """
     rows = np.sort(rows)
     rows = rows[np.argsort(-tokens.lengths[rows], kind="stable")]  # longest first: memory peaks at once, or not at all
-    most_items = max(1, -(-len(rows) // at_least))
+    most_items = max(1, len(rows) // at_least)
     batches, start = [], 0
     while start < len(rows):
         longest = int(tokens.lengths[rows[start]])

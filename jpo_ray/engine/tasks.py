@@ -58,6 +58,7 @@ def preference_task(
 
 def check_margins(scorer: Scorer, data: PreferenceData, config: TrainConfig, dtype: str) -> float:
     """Refuse a stale cache: before the first update the policy's log-probs are the reference's (nats per token)."""
+    scorer.model.eval()  # a model's own dropout would look like another model
     rows = batch_rows(data, data.train.take(np.arange(min(len(data.train), config.comparisons_per_step))), config)
     fresh = score_all(scorer, data.tokens, rows, max_tokens=config.max_micro_batch_tokens)
     return check_reference(fresh.cpu().numpy(), data.reference[rows], data.tokens.lengths[rows], dtype)

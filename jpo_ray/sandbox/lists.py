@@ -61,7 +61,8 @@ class ListTask:
             items[rng.randrange(len(items))] = rng.choice(self.excluded)
         elif kind < 0.85:
             foreign = CATEGORIES[other(rng, tuple(CATEGORIES), self.category)]
-            items[: rng.randint(1, self.count)] = rng.sample(foreign, self.count)[: rng.randint(1, self.count)]
+            swapped = rng.randint(1, self.count)
+            items[:swapped] = rng.sample(foreign, swapped)
         else:
             items = [items[0]] * self.count
         return self._reply(rng, items)
