@@ -182,7 +182,7 @@ class ClusterConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     num_actors: Count = 1  # embedding, reference and sampling actors
     max_failures: Annotated[int, Field(ge=0)] = 3  # restarts of a training worker group
-    start_timeout_s: Positive = 300.0  # resources or actors that do not come within this are an error
+    collective_timeout_s: Positive = 300.0  # a worker that keeps the others waiting longer has failed
 
 
 class RunConfig(Section):

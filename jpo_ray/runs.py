@@ -213,7 +213,7 @@ def _acquire(path: Path, owner: dict[str, Any]) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time: else two that find a dead lease could each remove it, the second one the first's new one."""
+    """One process at a time: of two that find a dead lease, the second could remove the first one's new one."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems cannot lock a folder

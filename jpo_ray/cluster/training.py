@@ -74,7 +74,7 @@ def run_training(
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(config.start_timeout_s)),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(config.collective_timeout_s)),
     )
     stop = threading.Event()
     shower = threading.Thread(target=_show, args=(ray, board, show, stop), daemon=True)
