@@ -51,11 +51,11 @@ def generate(
 def _vllm(
     ray: Any, cluster: ClusterConfig, config: SampleConfig, dtype: str, base: Path, requests: Sequence[Request]
 ) -> Iterator[Generated]:
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-
     gpu = cluster.gpus_per_worker > 0
     bundle = {"GPU": 1.0, "CPU": 1.0} if gpu else {"CPU": 1.0}
     require_resources(ray, "sample", [bundle] * cluster.num_actors)
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=str(base),

@@ -72,9 +72,9 @@ def cpus_for_each(ray: Any, config: ClusterConfig, count: int) -> int:
     """CPUs of each of `count` equal workers: as configured, or a node's fair share."""
     if config.cpus_per_worker:
         return config.cpus_per_worker
-    smallest = min((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
-    alive = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
-    return max(1, int(smallest // -(-count // alive)))
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    hosts = [amount for amount in cpus if amount] or [1]  # a cluster's head may have none to give
+    return max(1, int(min(hosts) // -(-count // len(hosts))))
 
 
 def worker_resources(ray: Any, config: ClusterConfig, count: int) -> dict[str, float]:

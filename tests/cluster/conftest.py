@@ -1,0 +1,3 @@
+"""Fixtures of the cluster's tests."""
+
+from cluster.running import ray_cluster  # noqa: F401

@@ -1,0 +1,27 @@
+"""One local Ray session for all tests of a pytest session, and the small world that cluster tests train on."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jpo_ray.cluster.session import ray_session
+from jpo_ray.config import ClusterConfig
+
+CLUSTER = ClusterConfig(num_workers=2, cpus_per_worker=1, num_actors=1, collective_timeout_s=60)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Ray, started once; whatever opens a session meanwhile is given this one."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("RAY_ADDRESS", raising=False)
+        environment.setenv("JPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        with ray_session(ClusterConfig()) as ray:
+            logging.disable(logging.NOTSET)  # other tests of this process look at logs
+            yield ray
+
+
+def nothing(*_: Any) -> None:
+    """Where progress would be shown."""

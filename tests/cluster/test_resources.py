@@ -1,0 +1,123 @@
+"""What a stage asks of the cluster: shared fairly, refused at once where the cluster will never have it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.running import CLUSTER, nothing
+from jpo_ray.cluster.pairing import embed_texts
+from jpo_ray.cluster.reference import reference_scores
+from jpo_ray.cluster.sampling import generate
+from jpo_ray.cluster.session import cpus_for_each, ray_session, require_resources, worker_resources
+from jpo_ray.cluster.training import Work, run_training
+from jpo_ray.config import ClusterConfig, SampleConfig
+from jpo_ray.data.tokens import TokenizedItems
+from jpo_ray.errors import InputError
+from jpo_ray.evaluation.generation import Request, SampledModel
+
+Nodes = list[dict[str, float]]
+NOWHERE = Path("/nowhere")
+ONE_ITEM = TokenizedItems(np.array([1, 2], np.int32), np.array([0, 2]), np.array([1], np.int32), 0)
+
+
+def cluster_of(*nodes: dict[str, float]) -> Any:
+    total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    return SimpleNamespace(
+        nodes=lambda: [{"Alive": True, "Resources": node} for node in nodes] + [{"Alive": False, "Resources": {}}],
+        cluster_resources=lambda: total,
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "cpus"),
+    [
+        ([{"CPU": 8}], 1, 8),
+        ([{"CPU": 8}], 3, 2),
+        ([{"CPU": 2}], 5, 1),
+        ([{"CPU": 8}, {"CPU": 4}], 2, 4),
+        ([{"CPU": 8}, {"CPU": 4}], 3, 2),
+        ([{"GPU": 1}, {"CPU": 8}], 2, 4),  # a head without CPUs holds no worker
+    ],
+)
+def test_each_worker_gets_a_fair_share_of_the_smallest_node(nodes: Nodes, count: int, cpus: int) -> None:
+    assert cpus_for_each(cluster_of(*nodes), ClusterConfig(), count) == cpus
+
+
+def test_configured_resources_are_taken_as_they_are() -> None:
+    config = ClusterConfig(cpus_per_worker=3, gpus_per_worker=0.5)
+    assert worker_resources(cluster_of({"CPU": 1}), config, 2) == {"CPU": 3.0, "GPU": 0.5}
+
+
+def test_workers_must_fit_whole_nodes() -> None:
+    """Two nodes of 3 CPUs hold two workers of 2 CPUs, not three, though there are 6 CPUs."""
+    cluster = cluster_of({"CPU": 3}, {"CPU": 3})
+    require_resources(cluster, "train", [{"CPU": 2}] * 2)
+    message = r"^train: asks for 3 x 2 CPU, but the cluster has 6 CPU, 0 GPU on 2 node\(s\); lower cluster\.num_workers"
+    with pytest.raises(InputError, match=message):
+        require_resources(cluster, "train", [{"CPU": 2}] * 3)
+
+
+def _embed(ray: Any, config: ClusterConfig, _: Path) -> Any:
+    return embed_texts(ray, config, "an/encoder", ["text"], nothing)
+
+
+def _reference(ray: Any, config: ClusterConfig, folder: Path) -> Any:
+    return reference_scores(
+        ray, config, ONE_ITEM, model=NOWHERE, dtype="float32", load_in_4bit=False, cache=folder, key={"test": 1},
+        begin=nothing, advance=nothing,
+    )  # fmt: skip
+
+
+def _train(ray: Any, config: ClusterConfig, folder: Path) -> Any:
+    return run_training(ray, config, "train", Work(nothing, ()), folder / "out", nothing)
+
+
+def _sample(engine: str) -> Callable[[Any, ClusterConfig, Path], Any]:
+    requests = [Request(0, SampledModel("sft", NOWHERE, NOWHERE), [1], 1.0, 0)]
+    return lambda ray, config, _: list(generate(ray, config, SampleConfig(), engine, "float32", requests))
+
+
+GPU = {"gpus_per_worker": 1.0}
+MANY = {"cpus_per_worker": 10_000, "num_workers": 1}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("stage", "act", "asked", "named"),
+    [
+        ("pairs", _embed, GPU, "1 x 1 CPU [+] 1 GPU"),
+        ("pairs", _embed, MANY, "1 x 10000 CPU"),
+        ("reference", _reference, GPU, "1 x 1 CPU [+] 1 GPU"),
+        ("reference", _reference, MANY, "1 x 10000 CPU"),
+        ("train", _train, GPU, "2 x 1 CPU [+] 1 GPU"),
+        ("train", _train, MANY, "1 x 10000 CPU"),
+        ("sample", _sample("transformers"), GPU, "1 x 1 CPU [+] 1 GPU"),
+        ("sample", _sample("transformers"), MANY, "1 x 10000 CPU"),
+        ("sample", _sample("vllm"), GPU, "1 x 1 GPU [+] 1 CPU"),
+        ("sample", _sample("vllm"), {"num_actors": 10_000}, "10000 x 1 CPU"),  # an engine's bundle is one CPU
+    ],
+)
+def test_every_stage_refuses_at_once_what_the_cluster_will_never_have(
+    ray_cluster: Any, tmp_path: Path, stage: str, act: Callable[..., Any], asked: dict[str, Any], named: str
+) -> None:
+    if asked is GPU and ray_cluster.cluster_resources().get("GPU"):
+        pytest.skip("this machine has a GPU")
+    config = CLUSTER.model_copy(update=asked)
+    started = time.monotonic()
+    with pytest.raises(
+        InputError, match=rf"^{stage}: asks for {named}, but the cluster has \d+ CPU, \d+ GPU on 1 node"
+    ):
+        act(ray_cluster, config, tmp_path)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.ray
+def test_a_session_that_exists_is_used_and_left_running(ray_cluster: Any) -> None:
+    with ray_session(ClusterConfig(address="ignored:1")) as ray:
+        assert ray is ray_cluster
+    assert ray_cluster.is_initialized()

