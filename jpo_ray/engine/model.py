@@ -74,7 +74,17 @@ def load_model(folder: Path, *, dtype: str, load_in_4bit: bool = False, device: 
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], use_safetensors=True, device_map=device, **options
     )
+    _keep_backward(model)
     return model.eval()
+
+
+def _keep_backward(model: Any) -> None:
+    """On CPUs with AVX512-BF16 the first evaluation would repack bitsandbytes layers for inference alone: rounded to
+    bfloat16, and without a backward pass, so that later training would go wrong in silence.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _disable_attention_dropout(config: Any) -> None:
