@@ -1,0 +1,269 @@
+"""A resumed run is the uninterrupted one; checkpoints are whole or not read; results load in plain libraries."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.tiny import World, config
+from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.engine import loop
+from jpo_ray.engine.checkpoints import is_valid, load_checkpoint, newest_checkpoint, save_checkpoint
+from jpo_ray.engine.loop import Task, train
+from jpo_ray.engine.model import load_policy, load_tokenizer
+from jpo_ray.engine.optim import make_optimizer
+from jpo_ray.engine.scoring import make_scorer
+from jpo_ray.engine.step import trainable
+from jpo_ray.engine.tasks import preference_task
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "lora-8bit": {"optim": "adamw_8bit", "lora_r": 64},  # of 4,096 weights and more, which get 8-bit state
+    "full": {"use_peft": False, "learning_rate": 1e-3},
+}
+STEPS, STOP_AT = 6, 5  # three steps an epoch; checkpoints after 2, 3, 4 and 6
+TIMINGS = ("joint/tokens_per_second", "joint/pairs_per_second")
+
+
+class StoppedError(Exception):
+    """Stands for a killed process."""
+
+
+@dataclass(frozen=True)
+class Run:
+    recipe: TrainConfig
+    out: Path
+    state: dict[str, Any]
+    model: Any
+
+
+def recipe_of(name: str) -> TrainConfig:
+    return config(comparisons_per_step=4, num_train_epochs=2, save_steps=2, warmup_steps=2, **RECIPES[name])
+
+
+def run(world: World, recipe: TrainConfig, out: Path, progress: Callable[..., None] | None = None) -> Run:
+    policy = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
+    task = preference_task(make_scorer(policy, dropout_seed=1), world.data, recipe, seed=1)
+    state = train(policy, load_tokenizer(world.model), task, recipe, out, progress=progress)
+    return Run(recipe, out, state, policy)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def whole(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run from start to end, of each recipe."""
+    return run(world, recipe_of(request.param), tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def lora(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(world, recipe_of("lora"), tmp_path_factory.mktemp("lora"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob("*model.safetensors")
+    return dict(load_file(path))
+
+
+def log_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in entry.items() if name not in TIMINGS} for entry in state["log_history"]]
+
+
+def stop(done: int, total: int, metrics: dict[str, float]) -> None:
+    assert total == STEPS
+    assert "loss" in metrics
+    if done == STOP_AT:
+        raise StoppedError
+
+
+def assert_same(resumed: Run, whole: Run) -> None:
+    """Weights and optimizer state to the last bit, and every logged number but the timings."""
+    found, expected = weights(resumed.out), weights(whole.out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    last = f"checkpoint-{STEPS}/optimizer.safetensors"
+    ours, theirs = load_file(resumed.out / last), load_file(whole.out / last)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert log_of(resumed.state) == log_of(whole.state)
+    assert resumed.state["num_tokens"] == whole.state["num_tokens"]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole: Run, world: World, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        run(world, whole.recipe, tmp_path, stop)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.name == "checkpoint-4"
+    steps: list[int] = []
+    resumed = run(world, whole.recipe, tmp_path, lambda done, *_: steps.append(done))
+    assert steps == [5, 6]
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no list", "broken list"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    damage: str, lora: Run, world: World, tmp_path: Path
+) -> None:
+    """The newest one (4) has a file cut short, gone or its list of hashes gone or broken: resumed from 3,
+    which is kept as the best one so far."""
+    with pytest.raises(StoppedError):
+        run(world, lora.recipe, tmp_path, stop)
+    newest = tmp_path / "checkpoint-4"
+    harm = {"truncated": "adapter_model.safetensors", "missing": "optimizer.safetensors"}.get(damage, "files.json")
+    if damage in ("truncated", "broken list"):
+        (newest / harm).write_bytes((newest / harm).read_bytes()[:-40])
+    else:
+        (newest / harm).unlink()
+    assert not is_valid(newest)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == "checkpoint-3"
+    steps: list[int] = []
+    assert_same(run(world, lora.recipe, tmp_path, lambda done, *_: steps.append(done)), lora)
+    assert steps == [4, 5, 6]
+    assert is_valid(tmp_path / "checkpoint-6")
+
+
+def test_nothing_is_a_checkpoint_before_there_is_one(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-7").write_text("a file")
+    (tmp_path / "checkpoint-x").mkdir()
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_finished_run_is_not_trained_again(lora: Run, world: World, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(lora.out, again)
+    steps: list[int] = []
+    repeated = run(world, lora.recipe, again, lambda done, *_: steps.append(done))
+    assert steps == []
+    assert_same(repeated, lora)
+
+
+def test_no_pickle_and_nothing_half_written_is_left(whole: Run) -> None:
+    files = [path for path in whole.out.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    assert not list(whole.out.rglob(".*"))
+    state = json.loads((whole.out / "trainer_state.json").read_text())
+    assert (state["global_step"], state["epoch"]) == (STEPS, 2.0)
+    kept = {path.name for path in whole.out.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{STEPS}", state["best_model_checkpoint"]}
+
+
+def test_the_adapter_loads_in_plain_peft(lora: Run, world: World) -> None:
+    base = AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, lora.out).eval()
+    lora.model.eval()
+    assert same_logits(plain, lora.model)
+    with plain.disable_adapter():
+        assert not same_logits(plain, lora.model)
+
+
+def test_the_full_model_loads_in_plain_transformers(world: World, tmp_path: Path) -> None:
+    full = run(world, recipe_of("full"), tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert same_logits(plain, full.model.eval())
+    text = "Name a fruit."
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == load_tokenizer(world.model)(text)["input_ids"]
+
+
+def same_logits(a: Any, b: Any) -> bool:
+    ids = torch.arange(1, 30).unsqueeze(0)
+    with torch.no_grad():
+        return torch.equal(a(input_ids=ids).logits, b(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_optimizer_state_and_weights_make_the_round_trip(name: str, world: World, tmp_path: Path) -> None:
+    recipe, tokenizer = recipe_of(name), load_tokenizer(world.model)
+    models = [load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=s) for s in (1, 2)]
+    optimizers = [make_optimizer(trainable(model), recipe) for model in models]
+    for parameter in trainable(models[0]):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    optimizers[0].step()
+    saved = save_checkpoint(tmp_path, models[0], tokenizer, optimizers[0], {"global_step": 7, "log_history": []})
+    assert saved == tmp_path / "checkpoint-7"
+    assert load_checkpoint(saved, models[1], optimizers[1]) == {"global_step": 7, "log_history": []}
+    for ours, theirs in zip(trainable(models[1]), trainable(models[0]), strict=True):
+        assert torch.equal(ours, theirs)
+        found, expected = optimizers[1].state[ours], optimizers[0].state[theirs]
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
+    if name == "lora-8bit":
+        assert torch.uint8 in {optimizers[1].state[p]["state1"].dtype for p in trainable(models[1])}
+
+
+def test_weights_of_another_model_are_refused(world: World, tmp_path: Path) -> None:
+    full = recipe_of("full")
+    model = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), full, seed=1)
+    optimizer = make_optimizer(trainable(model), full)
+    saved = save_checkpoint(tmp_path, model, load_tokenizer(world.model), optimizer, {"global_step": 1})
+    model.model.layers = model.model.layers[:1]
+    with pytest.raises(RuntimeError, match="weights do not fit the model"):
+        load_checkpoint(saved, model, optimizer)
+
+
+def fake_task(model: Any, losses: list[float], steps: int, loss: float = 1.0) -> Task:
+    """A task whose held-out losses are given; its gradients are zero."""
+    remaining = iter(losses)
+
+    def gradients(_step: int) -> dict[str, float]:
+        for parameter in trainable(model):
+            parameter.grad = torch.zeros_like(parameter)
+        return {"loss": loss, "tokens": 10}
+
+    return Task(gradients, lambda: {"eval_loss": next(remaining)}, 2, steps)
+
+
+def test_the_best_and_the_last_checkpoint_are_kept(world: World, tmp_path: Path) -> None:
+    """Held-out losses 3, 1, 2, 1.5 after steps 2, 4, 6, 8: the second is the best."""
+    recipe = config(eval_steps=2)
+    model = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
+    state = train(model, load_tokenizer(world.model), fake_task(model, [3, 1, 2, 1.5], 8), recipe, tmp_path)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+    assert (state["best_metric"], state["best_model_checkpoint"]) == (1, "checkpoint-4")
+    assert [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry] == [3, 1, 2, 1.5]
+    trained = [entry for entry in state["log_history"] if "loss" in entry]
+    assert [entry["step"] for entry in trained] == list(range(1, 9))
+    assert [entry["num_tokens"] for entry in trained] == list(range(10, 90, 10))
+    assert [entry["epoch"] for entry in trained] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
+
+
+def test_a_loss_that_is_no_number_stops_training(world: World, tmp_path: Path) -> None:
+    recipe = config(eval_steps=2)
+    model = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
+    before = [parameter.detach().clone() for parameter in trainable(model)]
+    with pytest.raises(FloatingPointError, match=r"^step 1: loss nan, gradient norm 0\.0; lower learning_rate"):
+        train(model, load_tokenizer(world.model), fake_task(model, [], 8, float("nan")), recipe, tmp_path)
+    assert all(torch.equal(was, now) for was, now in zip(before, trainable(model), strict=True))
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_log_of_a_long_run_is_thinned_to_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 steps make about 200 entries, each the mean of five steps; learning rates 1 - step/1000 of 1e-2, so the
+    first entry has (1 + 0.999 + 0.998 + 0.997 + 0.996) / 5 = 0.998 of it."""
+    recipe = config(lr_scheduler_type="linear", eval_steps=1000)
+    model = torch.nn.Linear(1, 1)
+    state = {"calls": 0}
+
+    def gradients(_step: int) -> dict[str, float]:
+        state["calls"] += 1
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        return {"loss": float(state["calls"]), "tokens": 1}
+
+    monkeypatch.setattr(loop, "_checkpoint", lambda *_: None)
+    monkeypatch.setattr(loop, "_finish", lambda *_: None)
+    log = train(model, None, Task(gradients, dict, 1000, 1000), recipe, tmp_path)["log_history"]
+    assert len(log) == 200
+    assert (log[0]["step"], log[0]["loss"], log[-1]["loss"]) == (5, 3.0, 998.0)
+    assert log[0]["learning_rate"] == pytest.approx(0.998e-2)
