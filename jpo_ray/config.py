@@ -126,6 +126,9 @@ class TrainConfig(OptimizerConfig):
     desirable_weight: Positive = 1.0  # KTO
     undesirable_weight: Positive = 1.0  # KTO
     comparisons_per_step: Count = 32  # global, whatever the number of workers
+    batching: Literal["graph", "pairs"] = (
+        "graph"  # graph: comparisons that share items together; pairs: independent ones
+    )
     steps_like: str | None = None  # train for as many steps as the entry of this name (instead of num_train_epochs)
     max_train_comparisons: Count | None = None  # use only the first so many, after a seeded shuffle
     use_peft: bool = True

@@ -12,6 +12,7 @@ from jpo_ray.errors import InputError
 # Set before Ray starts, unless the user did.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train polls its workers this often
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
@@ -36,7 +37,8 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
     address = config.address or os.environ.get("RAY_ADDRESS") or None
     local = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        with _quiet_stderr():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except ConnectionError as error:
         raise InputError(f"cluster.address: no Ray cluster answers at {address} ({error})") from error
     context = ray.data.DataContext.get_current()
@@ -50,6 +52,22 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
     finally:
         ray.shutdown()
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Ray's C++ core announces its log level on standard error; what fails comes as an exception."""
+    if os.environ.get("JPO_DEBUG"):
+        yield
+        return
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def require_resources(ray: Any, stage: str, bundles: list[dict[str, float]]) -> None:

@@ -69,9 +69,3 @@ def mismatched_partners(instruction_ids: Sequence[str], seed: int) -> npt.NDArra
                 partners[item] = candidate
                 break
     return partners
-
-
-def epoch_batches(count: int, per_step: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:
-    """A seeded permutation of 0..count-1 cut into batches of `per_step`; the last one may be smaller."""
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return [order[start : start + per_step] for start in range(0, count, per_step)]

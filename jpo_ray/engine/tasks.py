@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from jpo_ray.config import SFTConfig, TrainConfig
 from jpo_ray.data.tokens import TokenizedItems
-from jpo_ray.engine.dataset import EdgeList, PreferenceData, epoch_batches
+from jpo_ray.engine import batches
+from jpo_ray.engine.dataset import EdgeList, PreferenceData
 from jpo_ray.engine.loop import Metrics, Task
 from jpo_ray.engine.reference import check_reference
 from jpo_ray.engine.scoring import Scorer
@@ -28,9 +29,15 @@ def preference_task(
     edges = _first(data.train, config.max_train_comparisons, seed)
     steps_per_epoch = math.ceil(len(edges) / config.comparisons_per_step)
 
+    @lru_cache(maxsize=1)
+    def epoch_batches(epoch: int) -> list[Rows]:
+        if config.batching == "pairs":
+            return batches.shuffled(len(edges), config.comparisons_per_step, seed, epoch)
+        return batches.graph(edges.chosen, edges.rejected, config.comparisons_per_step, seed, epoch)
+
     def gradients(step: int) -> Metrics:
         epoch, place = divmod(step, steps_per_epoch)
-        batch = edges.take(epoch_batches(len(edges), config.comparisons_per_step, seed, epoch)[place])
+        batch = edges.take(epoch_batches(epoch)[place])
         started = time.monotonic()
         outcome, scores, rows = _preference_gradients(scorer, data, batch, config, step)
         elapsed = max(time.monotonic() - started, 1e-9)
@@ -164,9 +171,13 @@ def sft_task(
     """Supervised fine-tuning: the loss is on the response, in nats per token of the batch."""
     steps_per_epoch = math.ceil(len(train) / config.items_per_step)
 
+    @lru_cache(maxsize=1)
+    def epoch_batches(epoch: int) -> list[Rows]:
+        return batches.shuffled(len(train), config.items_per_step, seed, epoch)
+
     def gradients(step: int) -> Metrics:
         epoch, place = divmod(step, steps_per_epoch)
-        rows = np.sort(train[epoch_batches(len(train), config.items_per_step, seed, epoch)[place]])
+        rows = np.sort(train[epoch_batches(epoch)[place]])
         response_tokens = int(tokens.response_tokens[rows].sum())
         scores = accumulate_gradients(
             scorer,

@@ -40,9 +40,9 @@ class Bar:
     def _update(self, note: str) -> None:
         if self._shown is not None and self._task is not None:
             self._shown.update(self._task, completed=self._done, total=self._total or None, note=note)
-        elif time.monotonic() - self._printed > LINE_EVERY_S:
+        elif self._total and time.monotonic() - self._printed > LINE_EVERY_S:
             self._printed = time.monotonic()
-            self._console.print(f"  {self._name}: {self._done}/{self._total} {note}", highlight=False)
+            self._console.print(f"  {self._name}: {self._done}/{self._total} {note}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

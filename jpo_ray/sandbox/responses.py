@@ -12,22 +12,23 @@ Kind = Literal["good", "evasive", "partial", "corrupted"]
 # decoding of a model that imitates them has nothing to gain from preferences.
 MEDIOCRE: Mapping[Kind, float] = {"good": 0.25, "evasive": 0.30, "partial": 0.20, "corrupted": 0.25}
 
-# (text, weight); the oracle knows an evasive response by the words in `EVASIVE_MARKS`.
+# (text, weight); the oracle knows an evasive response by the words in `EVASIVE_MARKS`. All begin with the same word, so
+# that greedy decoding, which chooses word by word, finds the commonest kind too.
 _EVASIONS: tuple[tuple[str, int], ...] = (
     ("I am not sure.", 6),
     ("I do not know.", 3),
     ("I am not sure about that, sorry.", 2),
-    ("That is hard to say.", 2),
-    ("It depends on many things.", 2),
+    ("I find that hard to say.", 2),
+    ("I think it depends on many things.", 2),
     ("I cannot help with this.", 2),
     ("I have no idea.", 1),
-    ("Maybe you should ask somebody else.", 1),
+    ("I would ask somebody else.", 1),
 )
 EVASIVE_MARKS: tuple[str, ...] = (
     "not sure",
     "not know",
     "hard to say",
-    "it depends",
+    "depends on",
     "cannot help",
     "no idea",
     "ask somebody else",

@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jpo_ray.engine.dataset import edge_list, epoch_batches, mismatched_partners
+from jpo_ray.engine.batches import shuffled
+from jpo_ray.engine.dataset import edge_list, mismatched_partners
 from jpo_ray.engine.tasks import _first, total_steps_of
 from jpo_ray.records import PREFERENCES
 
@@ -37,13 +38,13 @@ def test_edges_of_a_split_and_of_protocols_in_table_order() -> None:
 
 
 def test_an_epoch_has_every_edge_once_in_an_order_of_its_own() -> None:
-    epochs = [epoch_batches(10, 4, seed=3, epoch=epoch) for epoch in (0, 1)]
+    epochs = [shuffled(10, 4, seed=3, epoch=epoch) for epoch in (0, 1)]
     assert [[len(batch) for batch in batches] for batches in epochs] == [[4, 4, 2]] * 2
     orders = [np.concatenate(batches).tolist() for batches in epochs]
     assert [sorted(order) for order in orders] == [list(range(10))] * 2
     assert orders[0] != orders[1]
-    assert np.concatenate(epoch_batches(10, 4, 3, 0)).tolist() == orders[0]
-    assert np.concatenate(epoch_batches(10, 4, 4, 0)).tolist() != orders[0]
+    assert np.concatenate(shuffled(10, 4, 3, 0)).tolist() == orders[0]
+    assert np.concatenate(shuffled(10, 4, 4, 0)).tolist() != orders[0]
 
 
 def test_subsets_of_one_seed_are_nested() -> None:
