@@ -16,6 +16,9 @@ from jpo_ray.errors import InputError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of models: they become folder and file names
 
+# Besides its own errors, PyYAML lets through those of impossible dates and of very deep nesting.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -227,7 +230,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise InputError(f"--config {path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
@@ -252,7 +255,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise InputError(f"`{override}`: an override is written section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise InputError(f"`{override}`: the value is not valid YAML") from error
     node: Any = values
     *parents, last = key.split(".")
