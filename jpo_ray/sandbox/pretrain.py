@@ -128,7 +128,7 @@ def _steps(examples: int, batch_size: int) -> int:
 def _optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings and norms.
 
-    Muon reached after 25,000 examples 25.4 nats per example, AdamW alone 27.3.
+    Muon reached 25.4 nats per held-out example after 25,600 examples, AdamW alone 27.3.
     """
     import torch
 
