@@ -88,15 +88,22 @@ def _sandbox(arguments: argparse.Namespace) -> None:
             rows = make_rows(arguments.split, arguments.count, arguments.seed)
         except ValueError as error:
             raise InputError(f"--count {arguments.count}: {error}") from error
-        staged = arguments.out.with_name(f".{arguments.out.name}.part")
-        staged.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        staged.replace(arguments.out)
+        try:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            staged = arguments.out.with_name(f".{arguments.out.name}.part")
+            staged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            staged.replace(arguments.out)
+        except OSError as error:
+            raise InputError(f"--out {arguments.out}: cannot be written ({error.strerror})") from error
         print(f"{len(rows)} rows: {arguments.out}")
         return
     from jpo_ray.sandbox.pretrain import pretrain
 
     options = {} if arguments.examples is None else {"examples": arguments.examples}
-    facts = pretrain(arguments.out, seed=arguments.seed, **options)
+    try:
+        facts = pretrain(arguments.out, seed=arguments.seed, **options)
+    except ValueError as error:
+        raise InputError(f"--examples {arguments.examples}: {error}") from error
     print(", ".join(f"{name} {value:.4g}" for name, value in facts.items()))
 
 
