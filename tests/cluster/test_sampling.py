@@ -1,0 +1,224 @@
+"""Sampling: base and adapters mixed in one pass give, greedily, what transformers and peft give one by one."""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.tiny import INSTRUCTIONS, LAYOUT
+
+from cluster.running import CLUSTER
+from jpo_ray.cluster.sampling import _groups, _with_timeout, choose_engine, engine_options, generate
+from jpo_ray.config import SampleConfig, TrainConfig
+from jpo_ray.data.tokens import prompt_ids
+from jpo_ray.engine.model import add_lora, load_model, load_tokenizer
+from jpo_ray.errors import InputError
+from jpo_ray.evaluation.generation import (
+    Generated,
+    Request,
+    SampledModel,
+    TransformersSampler,
+    clean_response,
+    effective_temperature,
+)
+
+NEW_TOKENS = 24
+CONFIG = SampleConfig(max_new_tokens=NEW_TOKENS, temperatures=[0.0, 1.0], timeout_s=240)
+Models = dict[str, SampledModel]
+Texts = dict[tuple[str, int], tuple[str, int]]  # (model, prompt) -> text and number of tokens
+
+
+@pytest.fixture(scope="module")
+def models(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The base, and two adapters of different ranks whose random weights change what it says."""
+    found = {"base": SampledModel("base", llama, llama)}
+    for number, (name, rank) in enumerate((("jpo.one", 4), ("dpo", 8))):
+        train = TrainConfig(name=name, lora_r=rank, lora_alpha=2 * rank)
+        adapter = add_lora(load_model(llama, dtype="float32"), train, seed=number)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for key, weight in adapter.named_parameters():
+                if "lora_B" in key:
+                    weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+        folder = tmp_path_factory.mktemp(name)
+        adapter.save_pretrained(folder)
+        found[name] = SampledModel(name, folder, llama)
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts(llama: Path) -> list[list[int]]:
+    found = prompt_ids(load_tokenizer(llama), LAYOUT, INSTRUCTIONS)
+    assert len({len(prompt) for prompt in found}) >= 4
+    return found
+
+
+@pytest.fixture(scope="module")
+def greedy(models: Models, prompts: list[list[int]]) -> Texts:
+    """Text of each model for each prompt, by transformers and peft alone: one prompt at a time, no padding."""
+    from peft import PeftModel
+
+    tokenizer = load_tokenizer(models["base"].path)
+    texts: Texts = {}
+    for name, model in models.items():
+        loaded = load_model(model.base, dtype="float32")
+        if model.is_adapter:
+            loaded = PeftModel.from_pretrained(loaded, model.path).eval()
+        for number, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt])
+            with torch.no_grad():
+                output = loaded.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+                )
+            ids = output[0, len(prompt) :]
+            texts[name, number] = (whole_characters(tokenizer.decode(ids, skip_special_tokens=True)), len(ids))
+    for name in ("jpo.one", "dpo"):
+        assert all(texts[name, number] != texts["base", number] for number in range(len(prompts)))
+    return texts
+
+
+def whole_characters(text: str) -> str:
+    """Without what the last tokens began and did not end: vLLM leaves it out, transformers writes `\ufffd`."""
+    return text.rstrip("\ufffd")
+
+
+def answers_of(requests: list[Request], answers: list[Generated], models: Models) -> Texts:
+    """What `greedy_requests` got."""
+    return {
+        (requests[answer.number].model.name, answer.number // len(models)): (
+            whole_characters(answer.text),
+            answer.tokens,
+        )
+        for answer in answers
+    }
+
+
+def greedy_requests(models: Models, prompts: list[list[int]]) -> list[Request]:
+    """Base and adapters in turn, so that every batch mixes them."""
+    return [
+        Request(number, model, prompt, 0.0, 0)
+        for number, (prompt, model) in enumerate((prompt, model) for prompt in prompts for model in models.values())
+    ]
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_vllm_mixes_base_and_adapters_in_one_pass(
+    ray_cluster: Any, models: Models, prompts: list[list[int]], greedy: Texts
+) -> None:
+    """Greedy rows equal transformers and peft text for text; beside them, in the same pass, rows at temperature 1."""
+    requests = greedy_requests(models, prompts)
+    drawn = [Request(0, model, prompts[1], 1.0, seed) for model in models.values() for seed in (7, 8, 7)]
+    count = len(requests)
+    requests += [replace(request, number=count + place) for place, request in enumerate(drawn)]
+    answers = {answer.number: answer for answer in generate(ray_cluster, CLUSTER, CONFIG, "vllm", "float32", requests)}
+    assert sorted(answers) == list(range(len(requests)))
+    assert answers_of(requests, [answers[n] for n in range(count)], models) == greedy
+    drawn_texts = [answers[n].text for n in range(count, len(requests))]
+    for first, other, again in zip(drawn_texts[::3], drawn_texts[1::3], drawn_texts[2::3], strict=True):
+        assert first == again  # the seed decides
+        assert first != other
+
+
+def test_transformers_mixes_base_and_adapters(models: Models, prompts: list[list[int]], greedy: Texts) -> None:
+    requests = greedy_requests(models, prompts)
+    base = models["base"].path
+    sampler = TransformersSampler(base, [model for model in models.values() if model.is_adapter], "float32", "cpu")
+    groups = _groups(requests)
+    assert [len(group) for group in groups] == [len(prompts)] * len(models)
+    answers = [answer for group in groups for answer in sampler.generate(group, NEW_TOKENS)]
+    assert answers_of(requests, answers, models) == greedy
+
+
+def test_transformers_repeats_itself_with_the_same_seed(models: Models, prompts: list[list[int]]) -> None:
+    sampler = TransformersSampler(models["base"].path, [], "float32", "cpu")
+
+    def texts(seed: int) -> list[str]:
+        requests = [Request(n, models["base"], prompt, 1.0, seed) for n, prompt in enumerate(prompts)]
+        return [answer.text for answer in sampler.generate(requests, NEW_TOKENS)]
+
+    assert texts(5) == texts(5)
+    assert texts(5) != texts(6)
+
+
+def test_groups_hold_one_model_and_temperature_and_similar_lengths(models: Models) -> None:
+    requests = [
+        Request(number, model, [1] * (1 + number % 90), temperature, 0)
+        for number, (model, temperature) in enumerate(
+            (model, temperature) for model in models.values() for temperature in (0.5, 1.0) for _ in range(100)
+        )
+    ]
+    groups = _groups(requests)
+    assert [len(group) for group in groups] == [64, 36] * 6
+    assert all(len({(request.model.name, request.temperature) for request in group}) == 1 for group in groups)
+    assert max(len(r.prompt_ids) for r in groups[0]) <= min(len(r.prompt_ids) for r in groups[1])
+
+
+def test_the_engine_has_one_slot_more_than_adapters(models: Models, prompts: list[list[int]]) -> None:
+    requests = greedy_requests(models, prompts)
+    options = engine_options("float32", requests, NEW_TOKENS, gpu=False)
+    longest = max(map(len, prompts)) + NEW_TOKENS
+    assert (options["max_loras"], options["max_lora_rank"]) == (3, 8)
+    assert (options["max_model_len"], options["enforce_eager"]) == (longest, True)
+    alone = engine_options("float32", [r for r in requests if r.model.name == "base"], NEW_TOKENS, gpu=True)
+    assert alone == {"dtype": "float32", "max_model_len": longest, "enforce_eager": False}
+
+
+def test_ranks_that_vllm_does_not_know_are_rounded_up_or_refused(tmp_path: Path) -> None:
+    model = SampledModel("a", tmp_path, Path("base"))
+    for rank, fitting in ((1, 1), (2, 8), (9, 16), (300, 320)):
+        (tmp_path / "adapter_config.json").write_text(f'{{"r": {rank}}}')
+        assert engine_options("float32", [Request(0, model, [1], 1.0, 0)], 1, gpu=False)["max_lora_rank"] == fitting
+    (tmp_path / "adapter_config.json").write_text('{"r": 600}')
+    with pytest.raises(InputError, match=r"lora_r=600: vLLM serves at most 512"):
+        engine_options("float32", [Request(0, model, [1], 1.0, 0)], 1, gpu=False)
+
+
+def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"sample\.engine: vllm is not installed; `pip install 'jpo-ray\[vllm\]'`"):
+        choose_engine("vllm")
+    assert choose_engine("auto") == choose_engine("transformers") == "transformers"
+
+
+def test_an_installed_engine_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    assert (choose_engine("auto"), choose_engine("vllm"), choose_engine("transformers")) == (
+        "vllm", "vllm", "transformers",
+    )  # fmt: skip
+
+
+def test_the_temperature_that_the_engine_uses_is_told() -> None:
+    assert [effective_temperature("vllm", t) for t in (0.0, 0.001, 0.01, 0.7)] == [0.0, 0.01, 0.01, 0.7]
+    assert effective_temperature("transformers", 0.001) == 0.001
+
+
+def test_responses_lose_the_layout_around_them() -> None:
+    assert clean_response(" Paris.\n", " ") == "Paris."
+    assert clean_response("Answer: Paris", "Answer: ") == "Paris"
+
+
+def test_an_engine_that_falls_silent_is_an_error() -> None:
+    def silent() -> Iterator[Generated]:
+        yield Generated(0, "first", 1)
+        import threading
+
+        threading.Event().wait(2)
+
+    answers = _with_timeout(silent(), 0.2)
+    assert next(answers).text == "first"
+    with pytest.raises(TimeoutError, match=r"no answer for 0\.2 s \(sample\.timeout_s\)"):
+        next(answers)
+
+
+def test_an_error_of_the_engine_comes_through() -> None:
+    def failing() -> Iterator[Generated]:
+        yield Generated(0, "first", 1)
+        raise MemoryError("out of it")
+
+    with pytest.raises(MemoryError, match="out of it"):
+        list(_with_timeout(failing(), 5))
