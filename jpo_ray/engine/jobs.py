@@ -109,8 +109,6 @@ def load_preferences(
             "data with more than one instruction and run `jpo reference` again"
         )
     scored = rows + mismatched_rows(rows, partners, {row["item_id"]: row for row in items})
-    if config.objective == "kto" and len(scored) != 2 * len(rows):
-        raise InputError(f"train.{config.name}: kto needs items of at least two instructions")
     train_edges, validation_edges = (
         edge_list(preferences, row_of, split, config.protocols) for split in ("train", "validation")
     )
