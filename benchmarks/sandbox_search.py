@@ -16,8 +16,8 @@ import yaml
 from jpo_ray.config import parse_config
 from jpo_ray.pipeline import STAGES, run_stages
 
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
-BETAS = (0.1, 0.3)
+LEARNING_RATES = (5e-4, 1e-3)
+BETAS = (0.3, 1.0)
 OBJECTIVES = ("jpo", "dpo", "kto")
 
 

@@ -20,7 +20,6 @@ ROWS = {
     "dpo-comparisons": "DPO, same comparisons",
     "kto": "KTO, same epochs",
     "kto-comparisons": "KTO, same comparisons",
-    "jpo-joint": "JPO on joint comparisons alone",
     "jpo": "JPO",
 }
 

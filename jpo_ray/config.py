@@ -206,6 +206,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _names_fit(self) -> "RunConfig":
+        if self.evaluate is not None and self.sample is None:
+            raise ValueError("evaluate judges samples and `sample` is off; set evaluate: null too")
         names = [entry.name for entry in self.train]
         if len(set(names)) < len(names):
             raise ValueError(f"train: entries need distinct names, got {', '.join(names)}")

@@ -134,8 +134,6 @@ def evaluate_specs(context: Context) -> list[Spec]:
     config = context.config.evaluate
     if config is None:
         return []
-    if context.config.sample is None:
-        raise InputError("evaluate: there are no samples, `sample` is off in the config; set evaluate=null too")
     judge = config.judge or context.config.judge
     inputs = {name: context.standing(name, name).fingerprint for name in ("items", "sample")}
     slice_ = {"evaluate": config.model_dump(), "judge": judge.model_dump(), "seed": context.config.seed}
