@@ -238,9 +238,11 @@ def test_a_model_that_is_not_there(jpo: Callable[..., int], refused: Callable[..
     assert said == f"model.model_name_or_path: {tmp_path / 'nowhere'}: no such folder"
 
 
-def test_evaluation_without_samples(jpo: Callable[..., int], refused: Callable[..., str]) -> None:
-    jpo("items", "sample=null")
-    assert refused("evaluate", "sample=null").endswith("`sample` is off in the config; set evaluate=null too")
+def test_evaluation_without_samples_is_refused_before_any_work(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert refused("items", "sample=null").endswith(
+        "evaluate judges samples and `sample` is off; set evaluate: null too"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
