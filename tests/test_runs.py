@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jpo_ray import runs
+from jpo_ray import lease
 from jpo_ray.errors import InputError
 from jpo_ray.runs import FORMAT, RunDir, file_hashes, open_run, stage_fingerprint, write_json
 
@@ -198,10 +198,10 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path: Path) ->
 
 
 def test_another_machine_is_waited_for_until_it_is_silent(tmp_path: Path) -> None:
-    leave_lease(tmp_path, "elsewhere", 1, age_s=runs.LEASE_EXPIRES_S - 20)
+    leave_lease(tmp_path, "elsewhere", 1, age_s=lease.LEASE_EXPIRES_S - 20)
     with pytest.raises(InputError, match="process 1 on elsewhere"), open_run(tmp_path):
         pass
-    leave_lease(tmp_path / "silent", "elsewhere", 1, age_s=runs.LEASE_EXPIRES_S + 20)
+    leave_lease(tmp_path / "silent", "elsewhere", 1, age_s=lease.LEASE_EXPIRES_S + 20)
     with open_run(tmp_path / "silent"):
         assert json.loads((tmp_path / "silent" / "lease.json").read_text())["pid"] == os.getpid()
 
@@ -214,7 +214,7 @@ def test_a_broken_lease_is_waited_for_too(tmp_path: Path) -> None:
 
 
 def test_a_living_holder_touches_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
     with open_run(tmp_path):
         os.utime(tmp_path / "lease.json", (0, 0))
         deadline = time.monotonic() + 10
@@ -253,7 +253,7 @@ def test_of_two_processes_one_wins(left: str, tmp_path: Path) -> None:
 
 def test_of_many_that_find_a_dead_lease_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sees it dead, then pauses before removing it: without a lock the last would remove a living one."""
-    alive = runs._alive
+    alive = lease._alive
 
     def slowly(pid: int) -> bool:
         answer = alive(pid)
@@ -261,7 +261,7 @@ def test_of_many_that_find_a_dead_lease_one_wins(tmp_path: Path, monkeypatch: py
         return answer
 
     leave_lease(tmp_path, socket.gethostname(), DEAD_PID)
-    monkeypatch.setattr(runs, "_alive", slowly)
+    monkeypatch.setattr(lease, "_alive", slowly)
     outcomes: list[str] = []
     done = threading.Barrier(6)
 
