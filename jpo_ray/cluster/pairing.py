@@ -77,11 +77,12 @@ def joint_pairs(
     band: tuple[float, float],
     budget: int,
     seed: int,
+    budget_key: str = "pairs.joint.budget",
 ) -> pa.Table:
     """Exactly `budget` pairs: columns row, column (numbers into the sides), similarity.
 
     Candidate blocks are tasks of Ray Data over vectors shared through the object store. Raises `InputError` where the
-    band leaves fewer pairs than the budget.
+    band leaves fewer pairs than the budget, and names the budget by its key in the config.
     """
     symmetric = rows is columns
     per_row = min(candidates_per_row(budget, len(rows.keys)), len(columns.keys))
@@ -90,7 +91,7 @@ def joint_pairs(
         found = _all_candidates(ray, shared, len(rows.keys), len(columns.keys), strategy, band, per_row, seed)
         available = found.in_band // 2 if symmetric else found.in_band
         if available < budget:
-            raise too_few(budget, available, band)
+            raise too_few(budget, available, band, budget_key)
         chosen = select(found, budget, symmetric=symmetric)
         if chosen is not None:
             return pa.table({name: getattr(found, name)[chosen] for name in ("row", "column", "similarity")})

@@ -28,10 +28,11 @@ def select(candidates: Candidates, budget: int, *, symmetric: bool) -> npt.NDArr
     return order[chosen] if len(chosen) == budget else None
 
 
-def too_few(budget: int, available: int, band: tuple[float, float]) -> InputError:
+def too_few(budget: int, available: int, band: tuple[float, float], key: str) -> InputError:
+    """The error of a band that leaves fewer pairs than the budget, which the config names `key`."""
     return InputError(
         f"pairs.joint: the similarity band [{band[0]:g}, {band[1]:g}] leaves {available} pairs, the budget asks for "
-        f"{budget}; widen min_similarity/max_similarity or lower pairs.joint.budget"
+        f"{budget}; widen min_similarity/max_similarity or lower {key}"
     )
 
 

@@ -29,10 +29,21 @@ def run_stages(config: RunConfig, run_dir: Path, stages: Sequence[str], console:
     console = console or Console()
     with open_run(run_dir) as run, ExitStack() as stack:
         context = Context(run, config, console, STAGES, stack)
+        _check_early(context, stages)
         for stage in stages:
             run_stage(context, stage)
         if "report" in stages:
             _summarise(context)
+
+
+def _check_early(context: Context, stages: Sequence[str]) -> None:
+    """Raise for a model or an engine that is not there, which would else be found after hours of other stages."""
+    from jpo_ray.cluster.sampling import choose_engine
+
+    if "sft" in stages and context.config.model.model_name_or_path != model_stages.TINY:
+        model_stages.base_model(context)
+    if "sample" in stages and context.config.sample is not None:
+        choose_engine(context.config.sample.engine)
 
 
 def _summarise(context: Context) -> None:

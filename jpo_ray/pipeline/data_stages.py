@@ -152,6 +152,7 @@ def _joint(
         band=(config.min_similarity, config.max_similarity),
         budget=budget,
         seed=context.config.seed,
+        budget_key="pairs.joint.budget" if split == "train" else "pairs.joint.validation_budget",
     )
     return [
         _pair_row(left[pair["row"]]["item_id"], right[pair["column"]]["item_id"], "joint", pair["similarity"],

@@ -1,0 +1,127 @@
+"""The pipeline without Ray: what runs on a cluster runs in this process instead, and is noted.
+
+Everything above the cluster is the real thing: stages, run directory, data, engine. Embeddings alone are made up, from
+hashes of the texts.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jpo_ray.cluster import pairing, reference, sampling, training
+from jpo_ray.config import RunConfig, parse_config
+from jpo_ray.data.tokens import TokenizedItems
+from jpo_ray.engine.model import load_model
+from jpo_ray.engine.scoring import make_scorer, micro_batches, score_items
+from jpo_ray.evaluation.generation import Generated, Request, TransformersSampler
+from jpo_ray.pairs.candidates import Candidates, block_candidates
+from jpo_ray.pipeline import STAGES, run_stages
+from jpo_ray.pipeline.context import Context
+
+
+@dataclass
+class Cluster:
+    """What stages asked of the cluster, in order; `dies_at_step` ends the next training after that step."""
+
+    calls: list[str] = field(default_factory=list)
+    dies_at_step: int | None = None
+
+    def embed_texts(self, _ray: Any, _config: Any, _name: str, texts: Sequence[str], advance: Any) -> Any:
+        self.calls.append("embed")
+        rows = [np.random.default_rng(list(hashlib.sha256(text.encode()).digest())).normal(size=12) for text in texts]
+        vectors = np.stack(rows) + 0.5
+        advance(len(texts))
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+    def all_candidates(
+        self, _ray: Any, sides: Any, rows: int, _columns: int, strategy: str, band: Any, per_row: int, seed: int
+    ) -> Candidates:
+        self.calls.append("pair")
+        return block_candidates(np.arange(rows), *sides, strategy=strategy, band=band, per_row=per_row, seed=seed)
+
+    def run_training(
+        self, _ray: Any, _config: Any, stage: str, work: training.Work, out: Path, show: Any
+    ) -> dict[str, Any]:
+        self.calls.append(stage)
+
+        def progress(done: int, total: int, metrics: dict[str, float]) -> None:
+            show(done, total, metrics)
+            if done == self.dies_at_step:
+                self.dies_at_step = None
+                raise KeyboardInterrupt
+
+        state: dict[str, Any] = work.function(out, "cpu", progress, *work.arguments)
+        return state
+
+    def scored(
+        self, _ray: Any, _config: Any, tokens: TokenizedItems, missing: Any, model: Path, dtype: str, four_bit: bool
+    ) -> Iterator[Any]:
+        if not len(missing):
+            return
+        self.calls.append(f"score {len(missing)}")
+        import torch
+
+        scorer = make_scorer(load_model(model, dtype=dtype, load_in_4bit=four_bit))
+        for members in micro_batches(tokens, missing, 8192):
+            with torch.no_grad():
+                yield members, score_items(scorer, tokens, members).numpy()
+
+    def generate(
+        self, _ray: Any, _cluster: Any, config: Any, engine: str, dtype: str, requests: Sequence[Request]
+    ) -> Iterator[Generated]:
+        self.calls.append(f"sample {len(requests)} with {engine}")
+        for base in dict.fromkeys(request.model.base for request in requests):
+            here = [request for request in requests if request.model.base == base]
+            adapters = list({r.model.path: r.model for r in here if r.model.is_adapter}.values())
+            sampler = TransformersSampler(base, adapters, dtype, "cpu")
+            for group in sampling._groups(here):
+                yield from sampler.generate(group, config.max_new_tokens)
+
+
+def install(patch: pytest.MonkeyPatch) -> Cluster:
+    """Put a `Cluster` in the place of Ray."""
+    cluster = Cluster()
+    patch.setattr(pairing, "embed_texts", cluster.embed_texts)
+    patch.setattr(pairing, "_all_candidates", cluster.all_candidates)
+    patch.setattr(training, "run_training", cluster.run_training)
+    patch.setattr(reference, "_scored", cluster.scored)
+    patch.setattr(sampling, "generate", cluster.generate)
+    patch.setattr(Context, "ray", lambda _: SimpleNamespace(put=lambda value: value))
+    return cluster
+
+
+def small_config(**sections: Any) -> RunConfig:
+    """A few dozen sandbox items, one epoch of everything. Sections replace those here."""
+    values: dict[str, Any] = {
+        "seed": 0,
+        "items": {split: [{"path": "sandbox", "limit": n}] for split, n in LIMITS.items()},
+        "model": {"model_name_or_path": "sandbox", "max_length": 256},
+        "judge": {"annotator": "sandbox", "noise": 0.05, "tie_band": 0.05},
+        "sft": {"learning_rate": 1e-3, "num_train_epochs": 1, "items_per_step": 16, "warmup_steps": 0},
+        "train": [JPO, DPO],
+        "sample": {"engine": "transformers", "temperatures": [0.7], "max_new_tokens": 16},
+    }
+    return parse_config(values | sections, "test")
+
+
+LIMITS = {"train": 48, "validation": 12, "test": 6}
+JPO: dict[str, Any] = {
+    "name": "jpo", "objective": "jpo", "beta": 0.2, "learning_rate": 1e-3, "num_train_epochs": 1, "warmup_steps": 0,
+    "comparisons_per_step": 16, "save_steps": 2,
+}  # fmt: skip
+DPO = JPO | {"name": "dpo", "objective": "dpo", "protocols": ["conditional"], "steps_like": "jpo"}
+
+
+def run(config: RunConfig, run_dir: Path, stages: Sequence[str] = tuple(STAGES)) -> str:
+    """Run stages; returns what was printed."""
+    shown = io.StringIO()
+    run_stages(config, run_dir, stages, Console(file=shown, width=200))
+    return shown.getvalue()
