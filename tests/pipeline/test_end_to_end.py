@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).parents[2]
 LORA = {
-    "name": "jpo", "beta": 0.2, "learning_rate": 1e-3, "num_train_epochs": 1, "warmup_steps": 0, "save_steps": 2,
+    "name": "jpo", "beta": 0.2, "learning_rate": 1e-2, "num_train_epochs": 1, "warmup_steps": 0, "save_steps": 2,
 }  # fmt: skip
 CONFIG: dict[str, Any] = {
     "items": {
@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "model": {"model_name_or_path": "sandbox", "max_length": 256},
     "judge": {"annotator": "sandbox", "noise": 0.05},
     "sft": {"learning_rate": 1e-3, "num_train_epochs": 1, "items_per_step": 32, "warmup_steps": 0},
-    "train": [LORA, LORA | {"name": "full", "use_peft": False, "max_train_comparisons": 64}],
+    "train": [LORA, LORA | {"name": "full", "use_peft": False, "learning_rate": 2e-3, "max_train_comparisons": 64}],
     "sample": {"engine": "transformers", "temperatures": [0.0, 1.0], "max_new_tokens": 32},
     "cluster": {"num_workers": 2, "cpus_per_worker": 1},
 }
