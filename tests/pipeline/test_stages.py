@@ -167,9 +167,6 @@ def test_a_lost_artifact_is_made_again_the_same_and_nothing_else(
     told = {name for name in before if name.startswith((f"{artifact}/", "report/"))}
     volatile = {name for name in told if name.endswith((".json", ".html"))}
     assert before.keys() - same <= volatile
-    assert {f"{artifact}/{name}" for name in file_hashes(run_dir / artifact)} >= {
-        n for n in told if "checkpoint" not in n
-    }
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(
