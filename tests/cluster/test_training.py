@@ -19,9 +19,9 @@ from jpo_ray.errors import InputError
 
 pytestmark = pytest.mark.ray
 
-# In units of the learning rate, which is about what AdamW moves a weight by in one step. It divides by the root of the
-# second moment, so that the rounding of gradients near zero shows: 0.005 was seen for LoRA, less for the others.
-TOLERANCE = 0.02
+# Of the distance that training moved the weights. AdamW turns the rounding of gradients near zero into a share of a
+# step: two micro-batches instead of one, in one process, make 3e-4 with all parameters and 2e-6 with LoRA.
+TOLERANCE = 2e-3
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,12 +64,22 @@ def on_two(
     return out, run_training(ray_cluster, CLUSTER, "train", Work(working.several, (jobs,)), out, nothing)
 
 
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Euclidean, over all weights."""
+    return float(sum((a[name].float() - b[name].float()).pow(2).sum() for name in a)) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [("lora", "adapter_model.safetensors"), ("full", "model.safetensors"), ("nf4", "adapter_model.safetensors")],
 )
 def test_two_workers_train_what_one_process_trains(
-    on_two: tuple[Path, dict[str, Any]], jobs: dict[str, tuple[Any, ...]], tmp_path: Path, name: str, file: str
+    llama: Path,
+    on_two: tuple[Path, dict[str, Any]],
+    jobs: dict[str, tuple[Any, ...]],
+    tmp_path: Path,
+    name: str,
+    file: str,
 ) -> None:
     out, states = on_two
     alone = train_preferences(tmp_path, "cpu", None, *jobs[name])
@@ -79,10 +89,12 @@ def test_two_workers_train_what_one_process_trains(
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     # Log 2 while every margin is zero: before the first update, and after it, whose warm-up rate is zero.
     assert losses[0][:2] == pytest.approx([0.693147] * 2, abs=1e-5)
-    assert abs(losses[0][2] - 0.693147) > 0.1
+    assert abs(losses[0][2] - 0.693147) > 0.003
     one, two = (load_file(folder / file) for folder in (tmp_path, out / name))
     assert one.keys() == two.keys()
-    assert max(float((one[key] - two[key]).abs().max()) for key in one) < TOLERANCE * jobs[name][2].learning_rate
+    start = load_file(llama / file) if name == "full" else {key: one[key] * ("lora_A" in key) for key in one}
+    assert distance(one, start) > 0.02
+    assert distance(one, two) < TOLERANCE * distance(one, start)
     assert not list(out.parent.glob("ray-*"))  # Ray Train's own notes are gone
 
 

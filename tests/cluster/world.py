@@ -33,7 +33,7 @@ ITEMS = [
 ]
 # 3 steps an epoch, 12 in all, a checkpoint every second one.
 LORA = TrainConfig(
-    name="lora", beta=0.5, learning_rate=1e-2, num_train_epochs=4, comparisons_per_step=4, warmup_steps=1,
+    name="lora", beta=0.1, learning_rate=1e-2, num_train_epochs=4, comparisons_per_step=4, warmup_steps=1,
     lora_dropout=0.2, save_steps=2, seed=3,
 )  # fmt: skip
 FULL = LORA.model_copy(update={"name": "full", "use_peft": False, "learning_rate": 1e-3})
