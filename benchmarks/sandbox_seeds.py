@@ -29,12 +29,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/experiments/sandbox_seeds.yaml"))
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
     found = []
     for seed in arguments.seeds:
         folder = arguments.run_dir / f"seed-{seed}"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        run_stages(load_config(arguments.config, [f"seed={seed}"]), folder, list(STAGES))
+        run_stages(load_config(arguments.config, [*arguments.overrides, f"seed={seed}"]), folder, list(STAGES))
         found.append(json.loads((folder / "evaluate" / "win_rates.json").read_text())["models"])
     temperatures = [key for key in found[0]["sft"]["win_rate"] if key != "mean"]
     print("| model | " + " | ".join(temperatures) + " | mean | each seed's mean |")

@@ -12,6 +12,7 @@ from pathlib import Path
 from jpo_ray import __version__
 from jpo_ray.errors import InputError
 
+ERROR_LOG = "error.log"
 STAGE_HELP = {
     "items": "read the data into items",
     "pairs": "embed instructions and choose which items to compare",
@@ -72,6 +73,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
     stages = list(STAGES) if arguments.command in ("run", "demo") else [arguments.command]
     run_stages(config, arguments.run_dir, stages)
+    (arguments.run_dir / ERROR_LOG).unlink(missing_ok=True)  # of an attempt that this one made good
 
 
 def _demo_config() -> Path:
@@ -130,7 +132,7 @@ def _failed(error: Exception, run_dir: Path | None) -> int:
     if run_dir is None or not run_dir.is_dir() or os.environ.get("JPO_DEBUG"):
         traceback.print_exception(error)
     else:
-        path = run_dir / "error.log"
+        path = run_dir / ERROR_LOG
         path.write_text("".join(traceback.format_exception(error)))
         print(f"jpo: the whole of it: {path}; the same command goes on where this one stopped", file=sys.stderr)
     return 1

@@ -113,4 +113,4 @@ class TransformersSampler:
 
 
 def _module_name(name: str) -> str:
-    return name.replace(".", "_")  # torch modules cannot have dots in their names
+    return name.replace("_", "__").replace(".", "_d")  # torch modules cannot have dots in their names

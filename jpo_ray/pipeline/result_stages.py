@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +172,5 @@ def report_specs(context: Context) -> list[Spec]:
 
         return make_report(context.run, context.config, out)
 
-    slice_ = {
-        "config": context.config.model_dump(mode="json"),
-        "time": math.floor(sum(m.seconds for m in standing.values())),
-    }
+    slice_ = {"config": context.config.model_dump(mode="json")}
     return [Spec("report", "report", inputs, slice_, make)]
