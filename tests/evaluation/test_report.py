@@ -143,11 +143,11 @@ def test_evaluate_off_is_said_and_never_shown_as_numbers(run: RunDir) -> None:
 
 def test_sample_off(run: RunDir) -> None:
     synthetic.put_data(run, 20, 5)
-    summary, html = report(run, synthetic.make_config(sample=None, sft=None))
+    summary, html = report(run, synthetic.make_config(sample=None, evaluate=None, sft=None))
     assert summary["models"] == {}
     text = Page(html).text
     assert "not sampled: `sample` is off in the config" in text
-    assert "not evaluated: `sample` is off in the config" in text
+    assert "not evaluated: `evaluate` is off in the config" in text
     assert "no SFT: `sft` is off in the config" in text
     assert "jpo is not trained yet: run `jpo train`" in text
 
