@@ -42,7 +42,7 @@ def planned_artifacts(config: RunConfig) -> list[str]:
 
 
 def off_stages(config: RunConfig) -> list[str]:
-    """Stages this config leaves out. Without samples there is nothing to evaluate."""
+    """Stages this config leaves out."""
     return [
         stage
         for stage, section in (("sft", config.sft), ("sample", config.sample), ("evaluate", config.evaluate))
@@ -62,8 +62,6 @@ def standing_manifests(run: RunDir, config: RunConfig) -> dict[str, Manifest]:
 def missing_stages(config: RunConfig, standing: Mapping[str, Manifest]) -> dict[str, str]:
     """Why each stage without an artifact has none, as sentences."""
     missing = {stage: OFF[stage] for stage in off_stages(config)}
-    if "sample" in missing and "evaluate" not in missing:
-        missing["evaluate"] = "not evaluated: `sample` is off in the config"
     for artifact in planned_artifacts(config):
         if artifact not in standing and artifact not in missing:
             pending = f"{artifact.removeprefix('train/')} is not trained yet: run `jpo train`"
