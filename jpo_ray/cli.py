@@ -73,7 +73,8 @@ def run_command(arguments: argparse.Namespace) -> None:
 
     stages = list(STAGES) if arguments.command in ("run", "demo") else [arguments.command]
     run_stages(config, arguments.run_dir, stages)
-    (arguments.run_dir / ERROR_LOG).unlink(missing_ok=True)  # of an attempt that this one made good
+    if arguments.command in ("run", "demo"):
+        (arguments.run_dir / ERROR_LOG).unlink(missing_ok=True)  # of an attempt that this one made good
 
 
 def _demo_config() -> Path:
@@ -111,7 +112,12 @@ def _sandbox(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 where all went well, 2 on bad input, 1 on a failure at work."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides may stand between flags
+        arguments.overrides = [*arguments.overrides, *rest]
     try:
         run_command(arguments)
     except InputError as error:

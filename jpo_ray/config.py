@@ -137,7 +137,7 @@ class TrainConfig(OptimizerConfig):
     use_peft: bool = True
     lora_r: Count = 8
     lora_alpha: Count = 16
-    lora_dropout: Share = 0.05
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     lora_target_modules: list[str] | Literal["all-linear"] = "all-linear"
 
     @model_validator(mode="before")
@@ -208,6 +208,15 @@ class RunConfig(Section):
     def _names_fit(self) -> "RunConfig":
         if self.evaluate is not None and self.sample is None:
             raise ValueError("evaluate judges samples and `sample` is off; set evaluate: null too")
+        full = next((entry.name for entry in self.train if not entry.use_peft), None)
+        if self.model.load_in_4bit and full:
+            raise ValueError(
+                f"train.{full}: 4-bit weights cannot be trained; set use_peft: true or load_in_4bit: false"
+            )
+        if self.sample:
+            for key, values in (("models", self.sample.models or []), ("temperatures", self.sample.temperatures)):
+                if len(set(values)) < len(values):
+                    raise ValueError(f"sample.{key}: has the same value twice")
         names = [entry.name for entry in self.train]
         if len(set(names)) < len(names):
             raise ValueError(f"train: entries need distinct names, got {', '.join(names)}")
@@ -259,6 +268,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except NOT_YAML as error:
         raise InputError(f"`{override}`: the value is not valid YAML") from error
+    if key.startswith("train.") and not values.get("train"):
+        values["train"] = [{"objective": "jpo"}]  # the default entry, to be overridden
     node: Any = values
     *parents, last = key.split(".")
     for part in parents:

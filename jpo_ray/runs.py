@@ -54,15 +54,17 @@ class RunDir:
     def manifest(self, artifact: str) -> Manifest | None:
         """The artifact's manifest, or None where the artifact does not (fully) exist."""
         path = self.path(artifact) / "manifest.json"
-        if not path.exists():
+        try:
+            fields = read_json(path)
+        except (FileNotFoundError, ValueError):
             return None
-        fields = json.loads(path.read_text())
         if fields.get("format") != FORMAT:
             raise InputError(
                 f"{path}: written by another version of jpo-ray (format {fields.get('format')}, this one reads "
                 f"{FORMAT}); use a new --run-dir"
             )
-        return Manifest(**fields)
+        manifest = Manifest(**fields)
+        return manifest if all((path.parent / name).exists() for name in manifest.files) else None
 
     def require(self, artifact: str, stage: str) -> Manifest:
         """The manifest of an artifact that must exist. Raises `InputError` naming the stage that makes it."""

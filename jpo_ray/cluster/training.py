@@ -79,8 +79,11 @@ def run_training(
     stop = threading.Event()
     shower = threading.Thread(target=_show, args=(ray, board, show, stop), daemon=True)
     shower.start()
+    shutil.rmtree(storage, ignore_errors=True)  # of a run that was killed
     try:
         trainer.fit()
+    except SystemExit as exit:  # Ray Train's own handling of Ctrl-C
+        raise KeyboardInterrupt from exit
     finally:
         stop.set()
         shower.join()
@@ -117,7 +120,7 @@ def _worker(settings: dict[str, Any]) -> None:
     result, input_error = None, None
     try:
         result = work.function(Path(settings["out"]), device, progress, *work.arguments)
-    except InputError as error:  # a retry would meet it again
+    except (InputError, FloatingPointError) as error:  # a retry would meet it again
         input_error = str(error)
     if rank == 0 or input_error:
         ray.get(board.finish.remote(result, input_error))

@@ -57,7 +57,10 @@ def parse_rows(records: Iterable[Record], source: Source, on_bad_rows: Literal["
     first_bad: BadRow | None = None
     kind = ""
     seen: dict[tuple[str, object], str] = {}
+    absent = set(source.columns.values())  # renamed columns that no row has had
     for where, record in islice(records, source.limit):
+        if absent and isinstance(record, dict):
+            absent -= record.keys()
         try:
             values = _values(record, source.columns, where)
             kind = kind or format_of(values, source, where)
@@ -70,6 +73,8 @@ def parse_rows(records: Iterable[Record], source: Source, on_bad_rows: Literal["
             skipped[bad.reason] += 1
         else:
             rows.append(row)
+    if absent and rows:
+        raise InputError(f"{source.path}: columns: no row has a column `{min(absent)}`; check the source's `columns`")
     if not rows:
         raise InputError(f"no usable row: {first_bad}" if first_bad else f"{source.path}: has no rows")
     return SourceRows(source.path, kind, rows, dict(skipped), [])

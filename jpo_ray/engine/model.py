@@ -130,6 +130,16 @@ def backbone_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
     return causal.get_decoder(), causal.get_output_embeddings()
 
 
+TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja", "vocab*", "merges.txt", "special_tokens_map.json")
+
+
+def model_hash(folder: Path, cache: Path | None = None) -> str:
+    """Hash of weights, config and tokenizer files: all that a stage which starts from the model depends on."""
+    files = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+    parts = [weights_hash(folder, cache), *(f"{path.name}:{hash_file(path)}" for path in files)]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
 def weights_hash(folder: Path, cache: Path | None = None) -> str:
     """Hash of all weights and the model's config. With `cache` (a folder) file hashes are remembered by size and time,
     so that a checkpoint of many gigabytes is read once.

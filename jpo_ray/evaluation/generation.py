@@ -88,11 +88,17 @@ class TransformersSampler:
         ids = torch.tensor([[pad] * n + r.prompt_ids for n, r in zip(padding, requests, strict=True)], device=device)
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
         greedy = temperature < GREEDY_BELOW
-        sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_k": 0}
+        plain = {"top_k": 0, "top_p": 1.0}  # whatever the model's generation_config says
+        sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature} | plain
         torch.manual_seed(requests[0].seed)
         with torch.no_grad(), self._using(model):
             output = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                repetition_penalty=1.0,
+                **sampling,
             )
         return [self._answer(request, row[longest:].tolist()) for request, row in zip(requests, output, strict=True)]
 

@@ -86,11 +86,12 @@ def score_annotator(
     return Annotator(name, answer)
 
 
-def label_annotator(labels: pa.Table) -> Annotator:
+def label_annotator(labels: pa.Table, *, proxy: bool = True) -> Annotator:
     """Answer from ready-made labels (`records.LABELS`), without an order.
 
-    Two items that no label compares directly are decided by proxy where their instructions differ (JPO paper, Appendix
-    E): one that labels choose, and never reject, beats one that they reject, and never choose. Else invalid.
+    With `proxy`, two items of different instructions that no label compares directly are decided by what labels say of
+    each (JPO paper, Appendix E): one that labels choose, and never reject, beats one that they reject, and never
+    choose. Else invalid.
     """
     direct: dict[tuple[str, str], Verdict] = {}
     chosen: set[str] = set()
@@ -109,7 +110,7 @@ def label_annotator(labels: pa.Table) -> Annotator:
         pair = (comparison.item_a, comparison.item_b)
         if pair in direct:
             return direct[pair]
-        if comparison.instruction_a != comparison.instruction_b:
+        if proxy and comparison.instruction_a != comparison.instruction_b:
             if pair[0] in winners and pair[1] in losers:
                 return "a"
             if pair[0] in losers and pair[1] in winners:

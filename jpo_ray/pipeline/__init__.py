@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jpo_ray.config import RunConfig
+from jpo_ray.errors import InputError
 from jpo_ray.pipeline import data_stages, model_stages, result_stages
 from jpo_ray.pipeline.context import Context, Spec, run_stage
 from jpo_ray.runs import open_run, read_json
@@ -42,8 +43,13 @@ def _check_early(context: Context, stages: Sequence[str]) -> None:
 
     if "sft" in stages and context.config.model.model_name_or_path != model_stages.TINY:
         model_stages.base_model(context)
-    if "sample" in stages and context.config.sample is not None:
-        choose_engine(context.config.sample.engine)
+    sample, evaluate, items = context.config.sample, context.config.evaluate, context.config.items
+    if "sample" in stages and sample is not None:
+        choose_engine(sample.engine)
+        if "items" in stages and not (items.test if sample.split == "test" else items.validation):
+            raise InputError(f"sample: no instructions to sample; give items.{sample.split}, or set sample: null")
+    if "items" in stages and "evaluate" in stages and evaluate is not None:
+        result_stages.evaluation_judge(context.config, evaluate)
 
 
 def _summarise(context: Context) -> None:

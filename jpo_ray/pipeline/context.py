@@ -13,6 +13,10 @@ from jpo_ray.errors import InputError
 from jpo_ray.runs import Manifest, RunDir, stage_fingerprint
 
 
+class StaleArtifact(InputError):
+    """An artifact stands that was made with another config or from other input."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """One artifact to be: its inputs (name -> hash), the config slice it depends on, and how to make it."""
@@ -59,11 +63,14 @@ class Context:
         manifest = self.run.require(artifact, stage)
         spec = next((spec for spec in self.specs_of(stage) if spec.artifact == artifact), None)
         if spec is None or spec.fingerprint != manifest.fingerprint:
-            raise InputError(
-                f"{self.run.root}: `{artifact}` was made with another config or other input; run `jpo {stage}` again "
-                "(or `jpo run` for all that changed)"
-            )
+            raise self.stale(artifact, stage)
         return manifest
+
+    def stale(self, artifact: str, stage: str) -> StaleArtifact:
+        return StaleArtifact(
+            f"{self.run.root}: `{artifact}` was made with another config or other input; run `jpo {stage}` again "
+            "(or `jpo run` for all that changed)"
+        )
 
     def path(self, artifact: str) -> Path:
         return self.run.path(artifact)

@@ -16,7 +16,7 @@ from jpo_ray.feedback.judge import comparisons_of, judge, judgment_counts, prefe
 from jpo_ray.pairs.candidates import Side, item_keys
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec
-from jpo_ray.runs import hash_file
+from jpo_ray.runs import file_hashes, hash_file, stage_fingerprint
 
 SANDBOX = "sandbox"
 SANDBOX_ROWS = {"train": 3000, "validation": 300, "test": 500}
@@ -44,6 +44,8 @@ def items_specs(context: Context) -> list[Spec]:
 
 def _source_hash(source: Source) -> str:
     path = Path(source.path).expanduser()
+    if path.is_dir():
+        return stage_fingerprint("folder", file_hashes(path), {})
     return hash_file(path) if path.is_file() else source.path
 
 
@@ -107,8 +109,10 @@ def _pair(context: Context, out: Path) -> dict[str, Any]:
         if context.config.pairs.conditional:
             rows += _conditional(here, split)
         if context.config.pairs.joint and here:
+            rows += _labelled(context, here, split, row_of, vectors)
             rows += _joint(context, here, split, row_of, vectors)
-    table = records.write_table(out / "pairs.parquet", rows, records.PAIRS)
+    distinct = list({row["pair_id"]: row for row in reversed(rows)}.values())[::-1]  # a labelled pair stays as such
+    table = records.write_table(out / "pairs.parquet", distinct, records.PAIRS)
     kinds = list(zip(table["split"].to_pylist(), table["protocol"].to_pylist(), strict=True))
     return {f"{split} {protocol}": kinds.count((split, protocol)) for split, protocol in dict.fromkeys(kinds)}
 
@@ -126,6 +130,20 @@ def _conditional(items: list[dict[str, Any]], split: str) -> list[dict[str, Any]
     ]
 
 
+def _labelled(
+    context: Context, items: list[dict[str, Any]], split: str, row_of: dict[str, int], vectors: Any
+) -> list[dict[str, Any]]:
+    """The joint comparisons that the data have labels for: all of them, beside the budget and the band."""
+    instruction_of = {item["item_id"]: item["instruction_id"] for item in items}
+    rows = []
+    for label in records.read_table(context.path("items") / "labels.parquet", records.LABELS).to_pylist():
+        a, b = (instruction_of.get(label[side]) for side in ("item_a", "item_b"))
+        if a is not None and b is not None and a != b:
+            similarity = float(vectors[row_of[a]].astype(np.float32) @ vectors[row_of[b]].astype(np.float32))
+            rows.append(_pair_row(label["item_a"], label["item_b"], "joint", similarity, "labelled", split))
+    return rows
+
+
 def _joint(
     context: Context, items: list[dict[str, Any]], split: str, row_of: dict[str, int], vectors: Any
 ) -> list[dict[str, Any]]:
@@ -135,7 +153,10 @@ def _joint(
     config = context.config.pairs.joint
     assert config is not None
     members = [item for item in items if item["sft"]]
-    budget = (config.budget if split == "train" else config.validation_budget) or len(members)
+    possible = len(members) * (len(members) - 1) // 2
+    budget = (config.budget if split == "train" else config.validation_budget) or min(len(members), possible)
+    if not budget:
+        return []
     left, right = (members, members) if config.strategy != "proxy" else _chosen_and_rejected(context, items)
     if not left or not right:
         if split == "validation":
@@ -218,14 +239,16 @@ def judge_specs(context: Context) -> list[Spec]:
         records.write_table(out / "preferences.parquet", decisive, records.PREFERENCES)
         return judgment_counts(rows) | {"preferences": len(decisive)}
 
-    slice_ = {"judge": context.config.judge.model_dump(), "seed": context.config.seed}
+    slice_ = {"judge": context.config.judge.model_dump(), "seed": context.config.seed}  # the strategy is in the pairs
     return [Spec("judge", "judge", inputs, slice_, make)]
 
 
 def make_annotator(context: Context, config: JudgeConfig) -> Annotator:
     """The configured annotator."""
     if config.annotator == "labels":
-        return label_annotator(records.read_table(context.path("items") / "labels.parquet", records.LABELS))
+        labels = records.read_table(context.path("items") / "labels.parquet", records.LABELS)
+        joint = context.config.pairs.joint
+        return label_annotator(labels, proxy=joint is not None and joint.strategy == "proxy")
     from jpo_ray.sandbox import quality
 
     return score_annotator(SANDBOX, quality, noise=config.noise, tie_band=config.tie_band, seed=context.config.seed)

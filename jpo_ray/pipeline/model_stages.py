@@ -34,7 +34,7 @@ def base_specs(context: Context) -> list[Spec]:
 
 def base_model(context: Context) -> tuple[Path, str]:
     """Folder and hash of the base model."""
-    from jpo_ray.engine.model import resolve_model, weights_hash
+    from jpo_ray.engine.model import model_hash, resolve_model
     from jpo_ray.engine.reference import cache_folder
 
     name = context.config.model.model_name_or_path
@@ -46,7 +46,7 @@ def base_model(context: Context) -> tuple[Path, str]:
         folder = resolve_model(str(BASE_MODEL))
     else:
         folder = resolve_model(name)
-    return folder, weights_hash(folder, cache_folder())
+    return folder, model_hash(folder, cache_folder())
 
 
 def sft_model(context: Context) -> tuple[Path, str]:
@@ -102,8 +102,11 @@ def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
     items = records.read_table(context.path("items") / "items.parquet", records.ITEMS).to_pylist()
     rows, sources = items, [row["item_id"] for row in items]
     if mismatched:
-        order = mismatched_partners([row["instruction_id"] for row in items], context.config.seed)
-        partners = {row["item_id"]: items[other]["item_id"] for row, other in zip(items, order, strict=True)}
+        partners: dict[str, str] = {}
+        for split in records.SPLITS:  # a test response must not enter training, not even in the reference point
+            here = [row for row in items if row["split"] == split]
+            order = mismatched_partners([row["instruction_id"] for row in here], context.config.seed)
+            partners |= {row["item_id"]: here[other]["item_id"] for row, other in zip(here, order, strict=True)}
         rows = items + mismatched_rows(items, partners, {row["item_id"]: row for row in items})
         sources += [partners[row["item_id"]] for row in items]
     tokenizer = load_tokenizer(folder)
@@ -159,7 +162,11 @@ def train_specs(context: Context) -> list[Spec]:
 
 def _train_spec(context: Context, entry: TrainConfig) -> Spec:
     seeded = entry.model_copy(update={"seed": context.seed(entry.seed)})
-    inputs = {name: context.standing(name, name).fingerprint for name in ("items", "judge", "reference")}
+    inputs = {name: context.standing(name, name).fingerprint for name in ("items", "judge")}
+    inputs["sft"] = sft_model(context)[1]
+    reference = context.standing("reference", "reference").fingerprint
+    if entry.objective == "kto":  # of the others, the reference of items is a function of items and SFT model
+        inputs["reference"] = reference
     like = context.config.train_entry(entry.steps_like) if entry.steps_like else None
 
     def make(out: Path) -> dict[str, Any]:

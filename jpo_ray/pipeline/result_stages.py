@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 
 from jpo_ray import records
-from jpo_ray.config import SampleConfig
+from jpo_ray.config import EvaluateConfig, JudgeConfig, RunConfig, SampleConfig
 from jpo_ray.errors import InputError
 from jpo_ray.pipeline.console import progress_bar
-from jpo_ray.pipeline.context import Context, Spec
+from jpo_ray.pipeline.context import Context, Spec, StaleArtifact
 from jpo_ray.pipeline.data_stages import make_annotator
 from jpo_ray.pipeline.model_stages import sft_model
 from jpo_ray.runs import write_json
@@ -133,8 +133,8 @@ def evaluate_specs(context: Context) -> list[Spec]:
     config = context.config.evaluate
     if config is None:
         return []
-    judge = config.judge or context.config.judge
     inputs = {name: context.standing(name, name).fingerprint for name in ("items", "sample")}
+    judge = evaluation_judge(context.config, config)
     slice_ = {"evaluate": config.model_dump(), "judge": judge.model_dump(), "seed": context.config.seed}
 
     def make(out: Path) -> dict[str, Any]:
@@ -154,18 +154,25 @@ def evaluate_specs(context: Context) -> list[Spec]:
     return [Spec("evaluate", "evaluate", inputs, slice_, make)]
 
 
+def evaluation_judge(config: RunConfig, evaluate: EvaluateConfig) -> JudgeConfig:
+    """The judge of samples. Raises `InputError` where it could only answer `invalid`."""
+    judge = evaluate.judge or config.judge
+    if judge.annotator == "labels":
+        raise InputError(
+            "evaluate: ready-made labels cannot judge new samples; set evaluate: null, or evaluate.judge to another one"
+        )
+    return judge
+
+
 def _golds(context: Context) -> dict[str, str]:
     items: pa.Table = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
     return {item["instruction_id"]: item["response"] for item in items.to_pylist() if item["gold"]}
 
 
 def report_specs(context: Context) -> list[Spec]:
-    names = ["items", "embeddings", "pairs", "judge", "sft", "reference"]
-    names += [f"train/{entry.name}" for entry in context.config.train] + ["sample", "evaluate"]
-    standing = {name: manifest for name in names if (manifest := context.run.manifest(name))}
-    if not standing:
+    inputs = _standing_so_far(context)
+    if not inputs:
         raise InputError(f"{context.run.root}: nothing to report yet; run `jpo run` first")
-    inputs = {name: manifest.fingerprint for name, manifest in standing.items()}
 
     def make(out: Path) -> dict[str, Any]:
         from jpo_ray.evaluation.report import make_report
@@ -174,3 +181,22 @@ def report_specs(context: Context) -> list[Spec]:
 
     slice_ = {"config": context.config.model_dump(mode="json")}
     return [Spec("report", "report", inputs, slice_, make)]
+
+
+def _standing_so_far(context: Context) -> dict[str, str]:
+    """Artifacts of this config up to the first stage that has not run. Raises `InputError` on one of another config."""
+    found: dict[str, str] = {}
+    for stage in (name for name in context.specs if name != "report"):
+        try:
+            specs = context.specs_of(stage)
+        except StaleArtifact:
+            raise
+        except InputError:  # what this stage needs is not there yet
+            break
+        for spec in specs:
+            manifest = context.run.manifest(spec.artifact)
+            if manifest is not None and manifest.fingerprint != spec.fingerprint:
+                raise context.stale(spec.artifact, stage)
+            if manifest is not None:
+                found[spec.artifact] = manifest.fingerprint
+    return found

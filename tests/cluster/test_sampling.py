@@ -180,7 +180,7 @@ def test_ranks_that_vllm_does_not_know_are_rounded_up_or_refused(tmp_path: Path)
 
 def test_an_engine_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"sample\.engine: vllm is not installed; `pip install 'jpo-ray\[vllm\]'`"):
+    with pytest.raises(InputError, match=r"sample\.engine: vllm is not installed; `pip install -e '\.\[vllm\]'`"):
         choose_engine("vllm")
     assert choose_engine("auto") == choose_engine("transformers") == "transformers"
 

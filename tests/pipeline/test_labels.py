@@ -1,0 +1,80 @@
+"""Ready-made labels of joint comparisons reach the preferences, and nothing is made up beside them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jpo_ray import records
+from jpo_ray.errors import InputError
+from jpo_ray.pipeline.context import StaleArtifact
+from pipeline.inline import Cluster, run, small_config
+
+COUNT = 8
+
+
+@pytest.fixture
+def joint_file(tmp_path: Path) -> Path:
+    """8 labelled comparisons, each of an instruction with the next one's."""
+    rows = [
+        {
+            "i_chosen": f"Say the number {n}.", "r_chosen": f"The number is {n}.",
+            "i_reject": f"Say the number {n + 1} loudly.", "r_reject": f"No, I will not say {n + 1}.",
+        }
+        for n in range(COUNT)
+    ]  # fmt: skip
+    path = tmp_path / "joint.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_joint_labels_become_preferences(joint_file: Path, tmp_path: Path, cluster: Cluster) -> None:
+    config = small_config(
+        items={"train": [{"path": str(joint_file)}]}, judge={"annotator": "labels"}, sample=None, evaluate=None
+    )
+    run(config, tmp_path / "run", ["items", "pairs", "judge"])
+    items = records.read_table(tmp_path / "run" / "items" / "items.parquet", records.ITEMS).to_pylist()
+    text_of = {item["item_id"]: item["response"] for item in items}
+    pairs = records.read_table(tmp_path / "run" / "pairs" / "pairs.parquet", records.PAIRS)
+    assert pairs["strategy"].to_pylist().count("labelled") == COUNT
+    assert len(set(pairs["pair_id"].to_pylist())) == pairs.num_rows
+    found = records.read_table(tmp_path / "run" / "judge" / "preferences.parquet", records.PREFERENCES).to_pylist()
+    assert sorted((text_of[row["chosen"]], text_of[row["rejected"]]) for row in found) == sorted(
+        (f"The number is {n}.", f"No, I will not say {n + 1}.") for n in range(COUNT)
+    )
+    assert {row["protocol"] for row in found} == {"joint"}
+    assert cluster.calls == ["embed", "pair"]
+
+
+def test_labels_cannot_judge_samples(joint_file: Path, tmp_path: Path, cluster: Cluster) -> None:
+    source = [{"path": str(joint_file)}]
+    config = small_config(items={"train": source, "test": source}, judge={"annotator": "labels"})
+    with pytest.raises(InputError, match="ready-made labels cannot judge new samples; set evaluate: null"):
+        run(config, tmp_path / "run")
+    assert cluster.calls == []
+
+
+def test_nothing_to_sample_is_found_before_any_stage(joint_file: Path, tmp_path: Path, cluster: Cluster) -> None:
+    config = small_config(items={"train": [{"path": str(joint_file)}]})
+    with pytest.raises(InputError, match=r"no instructions to sample; give items\.test, or set sample: null"):
+        run(config, tmp_path / "run")
+    assert cluster.calls == []
+
+
+def test_a_report_does_not_mix_configs(run_dir: Path, cluster: Cluster) -> None:
+    """A stage made with another config is named instead of shown beside the rest."""
+    with pytest.raises(StaleArtifact, match="`items` was made with another config"):
+        run(small_config(seed=7), run_dir, ["report"])
+    assert cluster.calls == []
+
+
+def test_a_kto_entry_leaves_the_other_adapters_alone(run_dir: Path, cluster: Cluster) -> None:
+    jpo, dpo = (entry.model_dump() for entry in small_config().train)
+    kto = dpo | {"name": "kto", "objective": "kto", "steps_like": None}
+    run(small_config(train=[jpo, dpo, kto]), run_dir, ["reference", "train"])
+    assert [call.split()[0] for call in cluster.calls] == ["score", "train-kto"]
+    reference = records.read_table(run_dir / "reference" / "reference.parquet", records.REFERENCE)
+    items = records.read_table(run_dir / "items" / "items.parquet", records.ITEMS).to_pylist()
+    split_of = {item["item_id"]: item["split"] for item in items}
+    for item, response_of in zip(reference["item_id"].to_pylist(), reference["response_of"].to_pylist(), strict=True):
+        assert split_of[item] == split_of[response_of]
