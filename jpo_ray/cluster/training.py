@@ -120,7 +120,7 @@ def _worker(settings: dict[str, Any]) -> None:
     result, input_error = None, None
     try:
         result = work.function(Path(settings["out"]), device, progress, *work.arguments)
-    except (InputError, FloatingPointError) as error:  # a retry would meet it again
+    except InputError as error:  # a retry would meet it again
         input_error = str(error)
     if rank == 0 or input_error:
         ray.get(board.finish.remote(result, input_error))

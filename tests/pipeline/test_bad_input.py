@@ -73,5 +73,5 @@ def test_samples_longer_than_the_model_takes(jpo: Any) -> None:
 
 
 def test_proxy_pairs_without_labels(jpo: Any) -> None:
-    error, _ = jpo("run", "pairs.joint.strategy=proxy", "judge.annotator=labels")
+    error, _ = jpo("run", "pairs.joint.strategy=proxy", "judge.annotator=labels", "evaluate=null")
     assert "pairs.joint.strategy: proxy needs labelled comparisons in items.train; there are none" in error
