@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from jpo_ray.config import parse_config
+from jpo_ray.config_file import parse_config
 from jpo_ray.pipeline import STAGES, run_stages
 
 LEARNING_RATES = (5e-4, 1e-3)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from statistics import mean, stdev
 
-from jpo_ray.config import load_config
+from jpo_ray.config_file import load_config
 from jpo_ray.pipeline import STAGES, run_stages
 
 ROWS = {

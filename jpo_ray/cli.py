@@ -65,7 +65,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         _sandbox(arguments)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from jpo_ray.config import load_config
+    from jpo_ray.config_file import load_config
 
     path = _demo_config() if arguments.command == "demo" else arguments.config
     config = load_config(path, arguments.overrides)

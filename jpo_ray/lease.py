@@ -1,9 +1,10 @@
 """The lease of a run directory: one run at a time, and a dead run's hold ends.
 
-The holder touches its file every few seconds. A lease whose process is gone (on this machine) or that has been silent
-too long (on another) is taken over.
+The holder touches its file every few seconds. A lease whose process is gone, or that has been silent too long, is taken
+over; a holder that wakes up late (a suspended machine) finds that out and stops.
 """
 
+import _thread
 import fcntl
 import json
 import os
@@ -24,20 +25,36 @@ HEARTBEAT_S = 5.0
 
 @contextmanager
 def hold_lease(path: Path) -> Iterator[None]:
-    """Hold the lease file `path` until the block ends. Raises `InputError` where another living run holds it."""
+    """Hold the lease file `path` until the block ends.
+
+    Raises `InputError` where another living run holds it, or took it over meanwhile: that interrupts the block as
+    Ctrl-C does.
+    """
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
     _acquire(path, owner)
-    stop = threading.Event()
+    stop, lost = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_S):
-            with suppress(FileNotFoundError):
-                os.utime(path)
+            with _alone(path.parent):
+                if _holder(path).get("token") == owner["token"]:
+                    os.utime(path)
+                    continue
+            lost.set()
+            _thread.interrupt_main()
+            return
 
     thread = threading.Thread(target=beat, daemon=True, name="lease-heartbeat")
     thread.start()
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        if lost.is_set():
+            raise InputError(
+                f"{path.parent}: another run took it over while this one was silent for more than "
+                f"{LEASE_EXPIRES_S:.0f} s (a suspended machine?); this one has stopped"
+            ) from interrupt
+        raise
     finally:
         stop.set()
         thread.join()

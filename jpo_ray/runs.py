@@ -120,9 +120,10 @@ class RunDir:
         return manifest, True
 
     def _unfinished(self, artifact: str) -> list[Path]:
-        """What interrupted builds of the artifact left, of whatever fingerprint."""
+        """What interrupted builds of the artifact left, of any fingerprint, and replaced artifacts half deleted."""
         name = artifact.replace("/", "-")
-        found = (self.root / ".building").glob(f"{name}-{'[0-9a-f]' * FINGERPRINT_DIGITS}")
+        building = self.root / ".building"
+        found = [*building.glob(f"{name}-{'[0-9a-f]' * FINGERPRINT_DIGITS}"), *building.glob("old-*")]
         return [path for path in found if path.is_dir()]
 
     def _replace(self, artifact: str, built: Path) -> None:

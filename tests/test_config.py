@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpo_ray.config import RunConfig, _apply_override, load_config, parse_config
+from jpo_ray.config import RunConfig
+from jpo_ray.config_file import _apply_override, load_config, parse_config
 from jpo_ray.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))

@@ -15,6 +15,7 @@ ROWS = [
     ["__init__", "errors"],
     ["lease"],
     ["records", "config", "runs"],
+    ["config_file"],
     ["data", "objectives"],
     ["sandbox", "pairs", "feedback", "engine"],
     ["evaluation"],

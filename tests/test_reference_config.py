@@ -6,7 +6,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from jpo_ray.config import RunConfig, Source, load_config
+from jpo_ray.config import RunConfig, Source
+from jpo_ray.config_file import load_config
 
 REFERENCE = Path(__file__).parent.parent / "configs" / "reference.yaml"
 REQUIRED = {"path", "train", "model_name_or_path"}  # the file must give these, whatever the default

@@ -113,6 +113,12 @@ def test_a_kept_folder_is_handed_back_to_the_same_build_only(run: RunDir) -> Non
     assert not list((run.root / ".building").iterdir())
 
 
+def test_what_a_killed_replacement_left_is_removed(run: RunDir) -> None:
+    (run.root / ".building" / "old-0123abcd").mkdir(parents=True)
+    run.build("items", inputs={}, config={}, make=lambda out: {"made": str(out)})
+    assert list((run.root / ".building").iterdir()) == []
+
+
 def test_artifacts_whose_names_begin_alike_are_apart(run: RunDir) -> None:
     with pytest.raises(OSError, match="disk full"):
         run.build("train/jpo", inputs={}, config={}, make=fail, keep_partial=True)
@@ -287,6 +293,25 @@ def test_a_lease_that_another_took_over_is_left_to_it(tmp_path: Path) -> None:
     with open_run(tmp_path):
         (tmp_path / "lease.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "other"}))
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == "other"
+
+
+def test_a_run_that_lost_its_lease_is_stopped_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
+
+    def suspended() -> None:
+        with open_run(tmp_path):
+            (tmp_path / "lease.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "other"}))
+            time.sleep(20)
+
+    with pytest.raises(InputError, match=r"another run took it over .* this one has stopped"):
+        suspended()
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == "other"
+
+
+def test_ctrl_c_is_not_taken_for_a_lost_lease(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "lease.json").exists()
 
 
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:

@@ -10,12 +10,16 @@ import pyarrow as pa
 from jpo_ray.cluster.session import require_resources, worker_resources
 from jpo_ray.config import ClusterConfig
 from jpo_ray.pairs.candidates import Candidates, Side, block_candidates, block_rows
-from jpo_ray.pairs.embedding import embed, embedder_path, load_embedder
+from jpo_ray.pairs.embedding import count_truncated, embed, embedder_path, load_embedder
 from jpo_ray.pairs.selection import candidates_per_row, select, too_few
 
 EMBED_BATCH = 64  # texts of similar length per forward pass
 
 Advance = Callable[[int], None]
+
+
+def _silent(count: int) -> None:
+    """No progress bar."""
 
 
 class Embedder:
@@ -33,13 +37,14 @@ class Embedder:
             "batch": batch["batch"],
             "vectors": [v.tobytes() for v in vectors],
             "width": [v.shape[1] for v in vectors],
+            "truncated": [count_truncated(self.model, list(texts)) for texts in batch["texts"]],
         }
 
 
 def embed_texts(
     ray: Any, config: ClusterConfig, name: str, texts: Sequence[str], advance: Advance
-) -> npt.NDArray[np.float16]:
-    """Normalised vectors of `texts` in an actor pool, float16[n, d].
+) -> tuple[npt.NDArray[np.float16], int]:
+    """Normalised vectors of `texts` in an actor pool, float16[n, d], and how many texts the encoder cut short.
 
     Batches are formed here, by length, so that the vectors do not depend on the number of actors.
     """
@@ -58,13 +63,15 @@ def embed_texts(
         num_gpus=wanted.get("GPU", 0),
     )
     vectors: npt.NDArray[np.float16] | None = None
+    truncated = 0
     for row in embedded.iter_rows():
         members = batches[row["batch"]]
         if vectors is None:
             vectors = np.empty((len(texts), row["width"]), dtype=np.float16)
         vectors[members] = np.frombuffer(row["vectors"], dtype=np.float16).reshape(len(members), -1)
+        truncated += int(row["truncated"])
         advance(len(members))
-    return vectors if vectors is not None else np.empty((0, 0), dtype=np.float16)
+    return (vectors if vectors is not None else np.empty((0, 0), dtype=np.float16)), truncated
 
 
 def joint_pairs(
@@ -78,17 +85,20 @@ def joint_pairs(
     budget: int,
     seed: int,
     budget_key: str = "pairs.joint.budget",
+    begin: Advance = _silent,
+    advance: Advance = _silent,
 ) -> pa.Table:
     """Exactly `budget` pairs: columns row, column (numbers into the sides), similarity.
 
     Candidate blocks are tasks of Ray Data over vectors shared through the object store. Raises `InputError` where the
-    band leaves fewer pairs than the budget, and names the budget by its key in the config.
+    band leaves fewer pairs than the budget, and names the budget by its key in the config. Progress counts rows.
     """
     symmetric = rows is columns
     per_row = min(candidates_per_row(budget, len(rows.keys)), len(columns.keys))
     shared = ray.put((rows, columns, vectors))
     while True:
-        found = _all_candidates(ray, shared, len(rows.keys), len(columns.keys), strategy, band, per_row, seed)
+        begin(len(rows.keys))
+        found = _all_candidates(ray, shared, len(rows.keys), len(columns.keys), strategy, band, per_row, seed, advance)
         available = found.in_band // 2 if symmetric else found.in_band
         if available < budget:
             raise too_few(budget, available, band, budget_key)
@@ -99,7 +109,15 @@ def joint_pairs(
 
 
 def _all_candidates(
-    ray: Any, shared: Any, rows: int, columns: int, strategy: str, band: tuple[float, float], per_row: int, seed: int
+    ray: Any,
+    shared: Any,
+    rows: int,
+    columns: int,
+    strategy: str,
+    band: tuple[float, float],
+    per_row: int,
+    seed: int,
+    advance: Advance,
 ) -> Candidates:
     size = block_rows(columns)
     blocks = [{"start": start, "stop": min(start + size, rows)} for start in range(0, rows, size)]
@@ -108,10 +126,15 @@ def _all_candidates(
         sides = ray.get(shared)
         block = np.arange(batch["start"][0], batch["stop"][0], dtype=np.int64)
         found = block_candidates(block, *sides, strategy=strategy, band=band, per_row=per_row, seed=seed)
-        return {name: [value] for name, value in found.__dict__.items()}
+        values = {name: [value] for name, value in found.__dict__.items()}
+        return values | {"start": batch["start"], "rows": [len(block)]}
 
     tiles = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(tile, batch_size=1, num_cpus=1)
-    parts = sorted(tiles.iter_rows(), key=lambda part: part["row"][0] if len(part["row"]) else -1)
+    parts = []
+    for part in tiles.iter_rows():
+        parts.append(part)
+        advance(int(part["rows"]))
+    parts.sort(key=lambda part: part["start"])
 
     def joined(name: str, dtype: Any) -> Any:
         return np.concatenate([np.asarray(part[name], dtype=dtype) for part in parts])

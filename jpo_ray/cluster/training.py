@@ -65,6 +65,7 @@ def run_training(
     board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     gpu = bool(wanted.get("GPU"))
     storage = (out.parent / f"ray-{out.name}").resolve()  # Ray Train's own notes; our checkpoints are in `out`
+    shutil.rmtree(storage, ignore_errors=True)  # of a run that was killed
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"work": work, "out": str(out), "board": board, "threads": int(wanted["CPU"]), "gpu": gpu},
@@ -79,7 +80,6 @@ def run_training(
     stop = threading.Event()
     shower = threading.Thread(target=_show, args=(ray, board, show, stop), daemon=True)
     shower.start()
-    shutil.rmtree(storage, ignore_errors=True)  # of a run that was killed
     try:
         trainer.fit()
     except SystemExit as exit:  # Ray Train's own handling of Ctrl-C

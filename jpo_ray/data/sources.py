@@ -156,17 +156,28 @@ def _names_a_file(path: str) -> bool:
 
 def _load_dataset(source: Source) -> tuple[Any, str]:
     """One split (`train` by default) of a Hugging Face dataset, from the Hub or a folder; and what to call it."""
-    from datasets import load_dataset  # here, since it takes a second to import
-
     split = source.split or "train"
     try:
-        return load_dataset(source.path, name=source.name, split=split), f"{source.path}[{split}]"
+        return _quietly_loaded(source, split), f"{source.path}[{split}]"
     except Exception as error:  # the library and the network raise dozens of kinds
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"{source.path}: no Hugging Face dataset could be loaded, split {split} ({problem[:300]}); check the id, "
             "the source's `name` and `split`, the network and HF_TOKEN"
         ) from error
+
+
+def _quietly_loaded(source: Source, split: str) -> Any:
+    """`load_dataset` without its own report of a failure: ours is the one line."""
+    from datasets import load_dataset  # here, since it takes a second to import
+    from datasets.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        return load_dataset(source.path, name=source.name, revision=source.revision, split=split)
+    finally:
+        logging.set_verbosity(before)
 
 
 def _dataset_records(dataset: Any, label: str, feed: Callable[[bytes], None]) -> Iterator[Record]:

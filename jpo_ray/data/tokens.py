@@ -105,20 +105,14 @@ def tokenize(
     A sequence longer than `layout.max_length` loses the end of its response (EOS included) and is counted. Raises
     `InputError` where not even one token of the response would be left, unless `clip`: then the instruction is cut too.
     """
-    distinct = list(dict.fromkeys(instructions))
-    prompts = dict(zip(distinct, prompt_ids(tokenizer, layout, distinct), strict=True))
+    prompts = _prompts(tokenizer, layout, instructions)
+    if not clip:
+        _refuse_too_long(layout, prompts)
     rows: list[list[int]] = []
     prompt_lengths: list[int] = []
     truncated = 0
     for instruction, response in zip(instructions, response_ids(tokenizer, layout, responses), strict=True):
-        prompt = prompts[instruction]
-        if len(prompt) >= layout.max_length:
-            if not clip:
-                raise InputError(
-                    f"model.max_length={layout.max_length} is shorter than an instruction of {len(prompt)} tokens "
-                    f"({instruction[:60]!r}...); raise it to at least {_longest(prompts) + 2}, or drop such rows"
-                )
-            prompt = prompt[: layout.max_length - 1]
+        prompt = prompts[instruction][: layout.max_length - 1]
         truncated += len(prompt) + len(response) > layout.max_length
         rows.append((prompt + response)[: layout.max_length])
         prompt_lengths.append(len(prompt))
@@ -129,6 +123,11 @@ def tokenize(
         prompt_lengths=np.array(prompt_lengths, dtype=np.int32),
         truncated=truncated,
     )
+
+
+def check_lengths(tokenizer: Any, layout: Layout, instructions: Sequence[str]) -> None:
+    """Raise `InputError` where an instruction leaves no room for a response, as `tokenize` would later."""
+    _refuse_too_long(layout, _prompts(tokenizer, layout, instructions))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -179,5 +178,16 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _longest(prompts: dict[str, list[int]]) -> int:
-    return max(len(prompt) for prompt in prompts.values())
+def _prompts(tokenizer: Any, layout: Layout, instructions: Sequence[str]) -> dict[str, list[int]]:
+    """The instruction part of each distinct instruction."""
+    distinct = list(dict.fromkeys(instructions))
+    return dict(zip(distinct, prompt_ids(tokenizer, layout, distinct), strict=True))
+
+
+def _refuse_too_long(layout: Layout, prompts: dict[str, list[int]]) -> None:
+    worst = max(prompts, key=lambda instruction: len(prompts[instruction]), default=None)
+    if worst is not None and len(prompts[worst]) >= layout.max_length:
+        raise InputError(
+            f"model.max_length={layout.max_length} is shorter than an instruction of {len(prompts[worst])} tokens "
+            f"({worst[:60]!r}...); raise it to at least {len(prompts[worst]) + 2}, or drop such rows"
+        )

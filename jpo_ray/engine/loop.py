@@ -55,7 +55,7 @@ def train(
     parameters = trainable(model)
     optimizer = make_optimizer(parameters, config)
     state: dict[str, Any] = {"global_step": 0, "max_steps": task.total_steps, "num_tokens": 0, "log_history": []}
-    state |= {"best_metric": None, "best_model_checkpoint": None, "epoch": 0.0}
+    state |= {"best_metric": None, "best_model_checkpoint": None, "epoch": 0.0, "warmup_steps": config.warmup_steps}
     resumed = newest_checkpoint(out)
     if resumed is not None:
         state = load_checkpoint(resumed, model, optimizer)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.dropout import DropoutKeys, install, row_keys
 from jpo_ray.engine.model import backbone_and_head
+from jpo_ray.errors import InputError
 
 # Logits of one chunk stay below this many elements, whatever the vocabulary: 64 MiB in float32.
 MAX_CHUNK_LOGITS = 2**24
@@ -37,28 +38,43 @@ class Scorer:
 
 
 def make_scorer(model: Any, *, dropout_seed: int = 0, autocast: torch.dtype | None = None) -> Scorer:
-    """Wrap a model. Its dropout layers are replaced by keyed ones (see `dropout.py`)."""
+    """Wrap a model. Its dropout layers are replaced by keyed ones (see `dropout.py`).
+
+    Raises `InputError` for a model that draws dropout masks in another way, which no key could repeat.
+    """
     backbone, head = backbone_and_head(model)
     device = next(model.parameters()).device
-    plain = _projects_plainly(model, backbone, head, device)
-    return Scorer(model, backbone, head if plain else None, install(model), dropout_seed, device, autocast)
+    ids = torch.arange(1, 9, device=device).unsqueeze(0) % head.weight.shape[0]
+    was_training = model.training
+    plain = _projects_plainly(model.eval(), backbone, head, ids)
+    keys = install(model)
+    _refuse_drawn_dropout(model.train(), backbone, keys, ids)
+    model.train(was_training)
+    return Scorer(model, backbone, head if plain else None, keys, dropout_seed, device, autocast)
 
 
 @torch.no_grad()
-def _projects_plainly(model: Any, backbone: Any, head: Any, device: torch.device) -> bool:
+def _refuse_drawn_dropout(model: Any, backbone: Any, keys: DropoutKeys, ids: Tensor) -> None:
+    keys.rows_BL = torch.zeros_like(ids, dtype=torch.int32)
+    first, again = (backbone(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
+    if not torch.allclose(first, again, rtol=1e-2, atol=1e-3):
+        raise InputError(
+            f"model.model_name_or_path: {type(model).__name__} draws dropout in its forward pass, which cannot be "
+            "repeated item by item; set its dropout rates to 0 in config.json"
+        )
+
+
+@torch.no_grad()
+def _projects_plainly(model: Any, backbone: Any, head: Any, ids: Tensor) -> bool:
     """Whether the model's logits are `head(hidden)`: some models scale or cap them, or scale the hidden states.
 
     What the head gave is compared with the logits exactly: a cap hardly changes the small logits of these few tokens.
     """
-    ids = torch.arange(1, 9, device=device).unsqueeze(0) % head.weight.shape[0]
-    was_training = model.training
-    model.eval()
     seen: list[Tensor] = []
     hook = head.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
     logits = model(input_ids=ids, use_cache=False).logits
     hook.remove()
     hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    model.train(was_training)
     if len(seen) != 2 or not torch.equal(seen[1].float(), logits.float()):
         return False
     return torch.allclose(seen[0].float(), hidden.float(), rtol=1e-3, atol=1e-3)

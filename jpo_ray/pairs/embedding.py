@@ -49,6 +49,15 @@ def load_embedder(name: str, device: str = "cpu") -> Any:
         raise InputError(f"pairs.embedder: {name}: cannot be loaded ({reason})") from error
 
 
+def count_truncated(model: Any, texts: Sequence[str]) -> int:
+    """How many texts are longer than the encoder reads (`max_seq_length` tokens); it embeds their beginnings."""
+    limit = model.max_seq_length
+    if limit is None:
+        return 0
+    ids = model.tokenizer(list(texts), truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return sum(len(row) > limit for row in ids)
+
+
 def embed(model: Any, texts: Sequence[str]) -> npt.NDArray[np.float16]:
     """Normalised vectors, float16[n, d]. Raises `InputError` on a vector that is zero or not finite."""
     vectors = model.encode(list(texts), batch_size=len(texts), normalize_embeddings=True, show_progress_bar=False)

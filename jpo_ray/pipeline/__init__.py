@@ -33,6 +33,8 @@ def run_stages(config: RunConfig, run_dir: Path, stages: Sequence[str], console:
         _check_early(context, stages)
         for stage in stages:
             run_stage(context, stage)
+            if stage == "items" and "sft" in stages:
+                model_stages.check_instructions_fit(context)
         if "report" in stages:
             _summarise(context)
 

@@ -88,13 +88,14 @@ def _embed(context: Context, out: Path) -> dict[str, Any]:
     texts = dict(zip(items["instruction_id"].to_pylist(), items["instruction"].to_pylist(), strict=True))
     with progress_bar(context.console, "embedding instructions") as bar:
         bar.begin(len(texts))
-        vectors = embed_texts(
+        vectors, truncated = embed_texts(
             context.ray(), context.config.cluster, context.config.pairs.embedder, list(texts.values()), bar.advance
         )
     values = pa.ListArray.from_arrays(np.arange(len(texts) + 1, dtype=np.int32) * vectors.shape[1], vectors.ravel())
     table = pa.table({"instruction_id": list(texts), "vector": values})
     records.write_table(out / "embeddings.parquet", table, records.EMBEDDINGS)
-    return {"instructions": len(texts), "dimensions": int(vectors.shape[1])}
+    counts = {"instructions": len(texts), "dimensions": int(vectors.shape[1])}
+    return counts | {"longer than the encoder reads": truncated}
 
 
 def _pair(context: Context, out: Path) -> dict[str, Any]:
@@ -164,17 +165,20 @@ def _joint(
         raise InputError("pairs.joint.strategy: proxy needs labelled comparisons in items.train; there are none")
     rows = _side(left, row_of)
     columns = rows if right is left else _side(right, row_of)
-    found = joint_pairs(
-        context.ray(),
-        rows,
-        columns,
-        vectors,
-        strategy=config.strategy,
-        band=(config.min_similarity, config.max_similarity),
-        budget=budget,
-        seed=context.config.seed,
-        budget_key="pairs.joint.budget" if split == "train" else "pairs.joint.validation_budget",
-    )
+    with progress_bar(context.console, f"candidate pairs ({split})") as bar:
+        found = joint_pairs(
+            context.ray(),
+            rows,
+            columns,
+            vectors,
+            strategy=config.strategy,
+            band=(config.min_similarity, config.max_similarity),
+            budget=budget,
+            seed=context.config.seed,
+            budget_key="pairs.joint.budget" if split == "train" else "pairs.joint.validation_budget",
+            begin=bar.begin,
+            advance=bar.advance,
+        )
     return [
         _pair_row(left[pair["row"]]["item_id"], right[pair["column"]]["item_id"], "joint", pair["similarity"],
                   config.strategy, split)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jpo_ray import records
 from jpo_ray.config import TrainConfig
-from jpo_ray.data.tokens import tokenize, tokenizer_hash
+from jpo_ray.data.tokens import check_lengths, tokenize, tokenizer_hash
 from jpo_ray.errors import InputError
 from jpo_ray.pipeline.console import Bar, progress_bar
 from jpo_ray.pipeline.context import Context, Spec
@@ -47,6 +47,18 @@ def base_model(context: Context) -> tuple[Path, str]:
     else:
         folder = resolve_model(name)
     return folder, model_hash(folder, cache_folder())
+
+
+def check_instructions_fit(context: Context) -> None:
+    """Raise `InputError` for an instruction longer than `max_length` now, before pairs and judging are paid for."""
+    from jpo_ray.engine.jobs import layout_of
+    from jpo_ray.engine.model import load_tokenizer
+
+    if context.config.model.model_name_or_path == TINY:  # its tokenizer is made by the `sft` stage
+        return
+    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
+    tokenizer = load_tokenizer(base_model(context)[0])
+    check_lengths(tokenizer, layout_of(context.config.model), items["instruction"].to_pylist())
 
 
 def sft_model(context: Context) -> tuple[Path, str]:
@@ -227,4 +239,9 @@ def _facts(state: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     for ours, theirs in (("held-out loss", "eval_loss"), ("held-out accuracy", "eval_rewards/accuracies")):
         if theirs in last:
             found[ours] = last[theirs]
+    if state["warmup_steps"] >= state["global_step"]:
+        found["warning"] = (
+            f"the warm-up of {state['warmup_steps']} steps is as long as the training or longer, so learning_rate is "
+            "never reached; lower warmup_steps"
+        )
     return found

@@ -43,8 +43,9 @@ def joint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pairs]:
         return value
 
     def here(
-        ray: Any, shared: Any, rows: int, columns: int, strategy: str, band: Any, per_row: int, seed: int
+        ray: Any, shared: Any, rows: int, columns: int, strategy: str, band: Any, per_row: int, *rest: Any
     ) -> Candidates:
+        seed, _ = rest
         assert (ray.put, columns) == (keep, len(shared[1].keys))
         options = {"strategy": strategy, "band": band, "per_row": per_row, "seed": seed}
         return block_candidates(np.arange(rows), *shared, **options)
@@ -137,7 +138,9 @@ def test_blocks_on_ray_give_what_one_block_here_gives(
         with monkeypatch.context() as patch:
             patch.setattr(pairing, "_all_candidates", ON_RAY)
             patch.setattr(candidates, "BLOCK_ELEMENTS", 6 * 40)
-            assert pairs_of(ray_cluster, rows, rows, vectors, **options) == expected
+            shown: list[int] = []
+            assert pairs_of(ray_cluster, rows, rows, vectors, **options, advance=shown.append) == expected
+            assert sorted(shown) == [4, 6, 6, 6, 6, 6, 6]
 
 
 @pytest.mark.ray
@@ -147,7 +150,8 @@ def test_vectors_are_the_same_whatever_the_number_of_actors(ray_cluster: Any) ->
     texts = [f"Name {number} fruits{' and say why' * (number % 7)}." for number in range(150)]
     shown: list[int] = []
     cluster = CLUSTER.model_copy(update={"num_actors": 2})
-    vectors = pairing.embed_texts(ray_cluster, cluster, PACKAGED, texts, shown.append)
+    vectors, truncated = pairing.embed_texts(ray_cluster, cluster, PACKAGED, texts, shown.append)
+    assert truncated == 0
     order = np.argsort([len(text) for text in texts], kind="stable")
     one = pairing.Embedder(PACKAGED, "cpu", threads=2)
     for start, count in ((0, 64), (64, 64), (128, 22)):

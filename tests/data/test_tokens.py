@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jpo_ray.data.tokens import Layout, TokenizedItems, prompt_ids, prompt_texts, tokenize, tokenizer_hash
+from jpo_ray.data.tokens import (
+    Layout,
+    TokenizedItems,
+    check_lengths,
+    prompt_ids,
+    prompt_texts,
+    tokenize,
+    tokenizer_hash,
+)
 from jpo_ray.errors import InputError
 from jpo_ray.sandbox.model import make_tokenizer
 
@@ -146,8 +154,11 @@ def test_max_length_without_room_for_a_response_names_the_numbers(with_bos: Any)
     with pytest.raises(InputError) as caught:
         tokenize(with_bos, Layout(PAPER.template, " ", n), ["Name a fruit.", "Name a fruit. " * 3], ["x", "y"])
     assert str(caught.value).startswith(
-        f"model.max_length={n} is shorter than an instruction of {n} tokens ('Name a fr"
+        f"model.max_length={n} is shorter than an instruction of {len(longer)} tokens ('Name a fr"
     )
+    with pytest.raises(InputError, match=f"of {len(longer)} tokens"):
+        check_lengths(with_bos, Layout(PAPER.template, " ", n), ["Name a fruit.", "Name a fruit. " * 3])
+    check_lengths(with_bos, Layout(PAPER.template, " ", len(longer) + 1), ["Name a fruit. " * 3])
     assert f"raise it to at least {len(longer) + 2}" in str(caught.value)
     assert one(with_bos, Layout(PAPER.template, " ", n + 1), "Name a fruit.", "x").response_tokens.tolist() == [1]
     clipped = tokenize(with_bos, Layout(PAPER.template, " ", n), ["Name a fruit."], ["xyz"], clip=True)

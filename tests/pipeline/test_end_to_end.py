@@ -121,6 +121,28 @@ def test_a_gpu_that_no_node_has_is_bad_input(
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_training_stops_it_all_and_says_how_to_go_on(run_dir: Path, config: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(again / "train")
+    environment = os.environ | {"JPO_CACHE": str(run_dir.parent / "cache")}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "jpo_ray.cli", "train", "--config", str(config), "--run-dir", str(again)]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as first:
+        deadline = time.monotonic() + 200
+        while not list(again.glob(".building/train-jpo-*/checkpoint-*")):
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)
+        _, error = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert error.splitlines()[-1].startswith("jpo: stopped; the same command goes on")
+    assert not (again / "lease.json").exists()
+    assert list(again.glob(".building/train-jpo-*/checkpoint-*"))
+    assert not list(again.glob(".building/ray-*"))
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(run_dir: Path, config: Path, tmp_path: Path) -> None:
     """SIGKILL of the driver while it trains; the same command ends where an undisturbed run ends."""
     again = shutil.copytree(run_dir, tmp_path / "run")

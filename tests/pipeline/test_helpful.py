@@ -8,7 +8,8 @@ import pytest
 
 from jpo_ray import records
 from jpo_ray.cli import main
-from jpo_ray.config import RunConfig, load_config
+from jpo_ray.config import RunConfig
+from jpo_ray.config_file import load_config
 from jpo_ray.data.tokens import tokenize
 from jpo_ray.engine.jobs import layout_of
 from jpo_ray.engine.model import load_tokenizer

@@ -1,0 +1,118 @@
+"""Reading a config: a YAML file, overrides from the command line, and errors that name the key and the mend.
+
+Any key can be overridden as `section.key=value`, and an entry of the `train` list by its name: `train.jpo.beta=0.2`.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jpo_ray.config import RunConfig, Section
+from jpo_ray.errors import InputError
+
+# Besides its own errors, PyYAML lets through those of impossible dates and of very deep nesting.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML config and apply `section.key=value` overrides. Raises `InputError` naming the file and key."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"--config {path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read ({error})") from error
+    except NOT_YAML as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must be a mapping of sections ({', '.join(RunConfig.model_fields)})")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], origin: str) -> RunConfig:
+    """Validate a mapping; `origin` names it in errors."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {_explain(error)}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"`{override}`: an override is written section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except NOT_YAML as error:
+        raise InputError(f"`{override}`: the value is not valid YAML") from error
+    if key.startswith("train.") and not values.get("train"):
+        values["train"] = [{"objective": "jpo"}]  # the default entry, to be overridden
+    node: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _child(node, part, key)
+    if isinstance(node, list):
+        _child(node, last, key)  # raises where there is no such entry
+        raise InputError(f"`{override}`: name a key of the entry, as train.{last}.beta=0.2")
+    if not isinstance(node, dict):
+        raise InputError(f"`{override}`: {'.'.join(parents)} is a value, it has no keys")
+    node[last] = value
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        return node[part]
+    if isinstance(node, list):
+        if part.isdigit() and int(part) < len(node):
+            return node[int(part)]
+        for entry in node:
+            if isinstance(entry, dict) and part in (entry.get("name"), entry.get("name") or entry.get("objective")):
+                return entry
+        raise InputError(f"`{key}`: no entry `{part}` there (entries are named or numbered from 0)")
+    raise InputError(f"`{key}`: `{part}` cannot be set there")
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first problem, with the nearest known key where a key is unknown."""
+    problems = error.errors()
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in first["loc"] if part != "function-after") or "config"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean `{near[0]}`?" if near else f"; known here: {', '.join(known)}"
+        return f"unknown key `{where}`{hint}{more}"
+    if first["type"] == "missing":
+        return f"`{where}` is required{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = f", got {given!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"`{where}`: {message}{shown}{more}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at `location`."""
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = _section_of(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    """The Section inside `X`, `X | None` or `list[X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in getattr(annotation, "__args__", ()) if (found := _section_of(part))), None)
