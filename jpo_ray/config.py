@@ -97,6 +97,9 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
     max_micro_batch_tokens: Count = 4096  # padded tokens of one forward pass, per worker
+    # Memory of a worker for activations between forward and backward; default: half of what is free. What does not fit
+    # is computed twice (the two-phase step).
+    activation_memory_gib: NonNegative | None = None
     gradient_accumulation_steps: Count = (
         1  # at least this many micro-batches per worker and step; the result is the same
     )

@@ -10,9 +10,10 @@ import numpy.typing as npt
 from jpo_ray.cluster.session import require_resources, worker_resources
 from jpo_ray.config import ClusterConfig
 from jpo_ray.data.tokens import TokenizedItems
+from jpo_ray.engine.micro_batches import micro_batches
 from jpo_ray.engine.model import load_model
 from jpo_ray.engine.reference import append_cache, missing_rows, read_cache
-from jpo_ray.engine.scoring import make_scorer, micro_batches, score_items
+from jpo_ray.engine.scoring import make_scorer, score_items
 
 PASS_TOKENS = 8192  # padded tokens of one forward pass without gradients
 Rows = dict[str, tuple[float, float]]  # sequence id -> instruction and response log-prob
@@ -105,7 +106,7 @@ def _scored(
         return
     wanted = worker_resources(ray, config, config.num_actors)
     require_resources(ray, "reference", [wanted] * config.num_actors)
-    batches = micro_batches(tokens, missing, PASS_TOKENS)
+    batches = micro_batches(tokens, missing, PASS_TOKENS, share=True)
     rows = [{"batch": number} | _packed(tokens, members) for number, members in enumerate(batches)]
     scored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ReferenceScorer,

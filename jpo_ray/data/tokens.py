@@ -9,6 +9,7 @@ tokenizer has none, it is not scored (nothing predicts it).
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,13 @@ class TokenizedItems:
     @property
     def response_tokens(self) -> npt.NDArray[np.int64]:
         return self.lengths - self.prompt_lengths
+
+    @cached_property
+    def prompt_groups(self) -> npt.NDArray[np.int64]:
+        """For each item the first item with the same BOS and instruction part: int64[n]."""
+        first: dict[bytes, int] = {}
+        prompts = (self.item(row)[: self.prompt_lengths[row]].tobytes() for row in range(len(self)))
+        return np.array([first.setdefault(prompt, row) for row, prompt in enumerate(prompts)], dtype=np.int64)
 
     def item(self, index: int) -> npt.NDArray[np.int32]:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]

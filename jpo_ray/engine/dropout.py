@@ -1,7 +1,8 @@
 """Dropout whose masks are keyed by (seed, step, item, position, layer) instead of drawn from a running generator.
 
-An item then meets the same mask in whatever micro-batch, phase or worker it is scored, so splitting a batch changes
-nothing. The mask is a hash of its coordinates: nothing is stored, and backward through a recomputed forward agrees.
+Tokens of an instruction part are keyed by the instruction, which its items share. An item then meets the same mask in
+whatever micro-batch, phase or worker it is scored, so splitting a batch changes nothing. The mask is a hash of its
+coordinates: nothing is stored, and backward through a recomputed forward agrees.
 """
 
 import torch
@@ -9,14 +10,14 @@ from torch import Tensor, nn
 
 
 class DropoutKeys:
-    """The row keys of the micro-batch being scored, shared by every `KeyedDropout` of a model: int32[B, L] or None."""
+    """The keys of the tokens being scored, shared by every `KeyedDropout` of a model: int32[B, L] or None."""
 
     def __init__(self) -> None:
-        self.rows_BL: Tensor | None = None
+        self.tokens_BL: Tensor | None = None
 
 
 class KeyedDropout(nn.Module):
-    """Zeroes each element with probability `p`, by a hash of its row key, its feature and the layer's `salt`."""
+    """Zeroes each element with probability `p`, by a hash of its token's key, its feature and the layer's `salt`."""
 
     def __init__(self, p: float, salt: int, keys: DropoutKeys) -> None:
         super().__init__()
@@ -28,14 +29,14 @@ class KeyedDropout(nn.Module):
         """x: float[B, L, D] or float[B * L, D]."""
         if not self.training or self.p == 0:
             return x
-        rows = self.keys.rows_BL
-        if rows is None or rows.numel() * x.shape[-1] != x.numel():
-            raise RuntimeError("dropout without row keys: score items through `score_items`, which sets them")
-        return x * self._mask(rows.reshape(*x.shape[:-1]), x.shape[-1]).to(x.dtype)
+        keys = self.keys.tokens_BL
+        if keys is None or keys.numel() * x.shape[-1] != x.numel():
+            raise RuntimeError("dropout without token keys: score items through `score_items`, which sets them")
+        return x * self._mask(keys.reshape(*x.shape[:-1]), x.shape[-1]).to(x.dtype)
 
-    def _mask(self, rows: Tensor, features: int) -> Tensor:
-        columns = mix32(torch.arange(features, dtype=torch.int32, device=rows.device) + mix_int(self.salt))
-        hashed = mix32(rows.unsqueeze(-1) ^ columns) & 0x7FFFFFFF
+    def _mask(self, keys: Tensor, features: int) -> Tensor:
+        columns = mix32(torch.arange(features, dtype=torch.int32, device=keys.device) + mix_int(self.salt))
+        hashed = mix32(keys.unsqueeze(-1) ^ columns) & 0x7FFFFFFF
         keep = hashed >= int(self.p * 2**31)
         return keep * (1 / (1 - self.p))
 
@@ -55,10 +56,12 @@ def install(model: nn.Module) -> DropoutKeys:
     return keys
 
 
-def row_keys(seed: int, step: int, rows: Tensor, length: int) -> Tensor:
-    """Keys int32[B, L] of items `rows` (int64[B]: their numbers in the data set) at each position."""
-    item = mix32((rows + mix_int(seed * 1_000_003 + step)).to(torch.int32))
-    return mix32(item.unsqueeze(-1) + torch.arange(length, dtype=torch.int32, device=rows.device) * _GOLDEN)
+def token_keys(seed: int, step: int, pieces_BL: Tensor, positions_BL: Tensor) -> Tensor:
+    """Keys int32[B, L] of tokens, given the piece each belongs to (int64: the response's item, or a number of the
+    instruction, the same for all its items) and its position in the item. They do not depend on the layout.
+    """
+    piece = mix32((pieces_BL + mix_int(seed * 1_000_003 + step)).to(torch.int32))
+    return mix32(piece + positions_BL.to(torch.int32) * _GOLDEN)
 
 
 _GOLDEN = -1640531527  # 2^32 / golden ratio as int32: spreads consecutive positions

@@ -109,6 +109,7 @@ def load_policy(folder: Path, model: BaseModelConfig, train: TrainConfig, *, see
 def add_lora(base: Any, train: TrainConfig, *, seed: int) -> Any:
     """Fresh LoRA adapters on `base`, whose initial values depend on `seed` alone."""
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
     lora = LoraConfig(
@@ -117,6 +118,7 @@ def add_lora(base: Any, train: TrainConfig, *, seed: int) -> Any:
         lora_dropout=train.lora_dropout,
         target_modules=train.lora_target_modules,
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),  # GPT-2's transposed weights
     )
     try:
         return get_peft_model(base, lora)

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jpo_ray.data.tokens import TokenizedItems
-from jpo_ray.engine.scoring import Scorer, micro_batches, score_items
+from jpo_ray.engine.micro_batches import tree_tokens, trees_of
+from jpo_ray.engine.probes import UNLIMITED
+from jpo_ray.engine.scoring import Scorer, score_items
 
 Rows = npt.NDArray[np.int64]
 
@@ -32,27 +34,30 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def my_shard(tokens: TokenizedItems, rows: Rows) -> Rows:
-    """Positions within `rows` that this rank scores: longest first, each to the rank with the fewest tokens so far."""
+def my_shard(tokens: TokenizedItems, rows: Rows, *, share: bool) -> Rows:
+    """The `rows` that this rank scores: longest tree first, each to the rank with the fewest tokens so far."""
     rank, world = rank_and_world()
     if world == 1:
-        return np.arange(len(rows))
+        return rows
+    trees = trees_of(tokens, np.sort(rows), share=share)
+    sizes = [tree_tokens(tokens, tree) for tree in trees]
     load = np.zeros(world, dtype=np.int64)
-    mine = []
-    for place in np.argsort(-tokens.lengths[rows], kind="stable"):
+    mine = [rows[:0]]
+    for place in np.argsort(-np.array(sizes), kind="stable"):
         target = int(load.argmin())
-        load[target] += tokens.lengths[rows[place]]
+        load[target] += sizes[place]
         if target == rank:
-            mine.append(place)
-    return np.array(sorted(mine), dtype=np.int64)
+            mine.append(trees[place])
+    return np.concatenate(mine)
 
 
 @torch.no_grad()
 def score_all(scorer: Scorer, tokens: TokenizedItems, rows: Rows, *, max_tokens: int, step: int = 0) -> Tensor:
     """Scores of all `rows` without gradients, shared among the workers: float64[N, 2] on every rank."""
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
-    for places in _micro_places(tokens, rows, my_shard(tokens, rows), max_tokens, 1):
-        table[places] = score_items(scorer, tokens, rows[places], step)
+    mine = my_shard(tokens, rows, share=scorer.share)
+    for batch in scorer.micro_batches(tokens, mine, max_tokens):
+        table[_places(rows, batch)] = score_items(scorer, tokens, batch, step)
     return sum_over_workers(table)
 
 
@@ -63,37 +68,45 @@ def accumulate_gradients(
     loss: Callable[[Tensor], Tensor],
     *,
     max_tokens: int,
+    keep_tokens: int = UNLIMITED,
     at_least: int = 1,
     step: int = 0,
 ) -> Tensor:
     """Add the gradient of `loss(scores)` to the parameters' `.grad`, the same on every rank; returns the scores.
 
     `rows` int64[N] are distinct; `loss` maps their scores float64[N, 2] (instruction part, response part) to a scalar.
-    A shard that fits one micro-batch keeps its graph (one phase). A larger one is scored without gradients first, and
-    then again micro-batch by micro-batch with the weights dL/ds (two phases): the same result in bounded memory.
+    The first micro-batches keep their graphs, `keep_tokens` tokens in all (one phase). The rest is scored without
+    gradients, and once more when the weights dL/ds are known (two phases): the same result, bounded memory, a forward
+    pass more.
     """
-    micro = _micro_places(tokens, rows, my_shard(tokens, rows), max_tokens, at_least)
-    one_phase = len(micro) == 1
+    mine = my_shard(tokens, rows, share=scorer.share)
+    micro = scorer.micro_batches(tokens, mine, max_tokens, at_least)
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
-    kept: Tensor | None = None
-    for places in micro:
-        with torch.set_grad_enabled(one_phase):
-            kept = score_items(scorer, tokens, rows[places], step)
-        table[places] = kept.detach()
+    kept: list[tuple[Tensor, Tensor | None]] = []
+    room = keep_tokens
+    for batch in micro:
+        room -= int(tokens.lengths[batch].sum())
+        with torch.set_grad_enabled(room >= 0):
+            scored = score_items(scorer, tokens, batch, step)
+        if room >= 0:
+            kept.append((scored, scorer.dropout.tokens_BL))
+        table[_places(rows, batch)] = scored.detach()
     scores = sum_over_workers(table).requires_grad_()
     (weights,) = torch.autograd.grad(loss(scores), scores)
-    for places in micro:
-        again = kept if one_phase and kept is not None else score_items(scorer, tokens, rows[places], step)
-        torch.autograd.backward(again, weights[places])
+    for batch in micro:
+        if kept:
+            scored, scorer.dropout.tokens_BL = kept.pop(0)  # checkpointed layers run again, and must meet their masks
+        else:
+            scored = score_items(scorer, tokens, batch, step)
+        torch.autograd.backward(scored, weights[_places(rows, batch)])
     _sum_gradients(scorer.model)
     return scores.detach()
 
 
-def _micro_places(tokens: TokenizedItems, rows: Rows, places: Rows, max_tokens: int, at_least: int) -> list[Rows]:
-    """Micro-batches of `rows[places]`, as positions within `rows`."""
-    place_of = {int(rows[place]): int(place) for place in places}
-    batches = micro_batches(tokens, rows[places], max_tokens, at_least)
-    return [np.array([place_of[int(row)] for row in batch], dtype=np.int64) for batch in batches]
+def _places(rows: Rows, batch: Rows) -> Tensor:
+    """Where in `rows` those of a batch stand."""
+    order = np.argsort(rows)
+    return torch.from_numpy(order[np.searchsorted(rows, batch, sorter=order)])
 
 
 def _sum_gradients(model: nn.Module) -> None:

@@ -14,9 +14,11 @@ from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine import batches
 from jpo_ray.engine.dataset import EdgeList, PreferenceData
 from jpo_ray.engine.loop import Metrics, Task
+from jpo_ray.engine.memory import tokens_to_keep
 from jpo_ray.engine.reference import check_reference
 from jpo_ray.engine.scoring import Scorer
 from jpo_ray.engine.step import Rows, accumulate_gradients, score_all
+from jpo_ray.engine.throughput import Meter
 from jpo_ray.objectives import Edges, ItemScores, Outcome, dpo, jpo, kto, sft
 
 Objective = Callable[[ItemScores, ItemScores, Edges], Outcome]
@@ -27,6 +29,8 @@ def preference_task(
 ) -> Task:
     """Train on the edges of `data`. Held out are its validation edges; `total_steps` overrides the epochs."""
     edges = _first(data.train, config.max_train_comparisons, seed)
+    keep_tokens = tokens_to_keep(scorer, data.tokens, config.activation_memory_gib)
+    meter = Meter(scorer)
     steps_per_epoch = math.ceil(len(edges) / config.comparisons_per_step)
 
     @lru_cache(maxsize=1)
@@ -39,16 +43,19 @@ def preference_task(
         epoch, place = divmod(step, steps_per_epoch)
         batch = edges.take(epoch_batches(epoch)[place])
         started = time.monotonic()
-        outcome, scores, rows = _preference_gradients(scorer, data, batch, config, step)
+        outcome, scores, rows = _preference_gradients(scorer, data, batch, config, step, keep_tokens)
         elapsed = max(time.monotonic() - started, 1e-9)
-        tokens = int(data.tokens.lengths[rows].sum())
-        return preference_metrics(outcome, scores, batch, rows) | {
-            "tokens": tokens,
-            "joint/items": len(rows),
-            "joint/edges": len(batch),
-            "joint/tokens_per_second": tokens / elapsed,
-            "joint/pairs_per_second": len(batch) / elapsed,
-        }
+        return (
+            preference_metrics(outcome, scores, batch, rows)
+            | {
+                "tokens": int(data.tokens.lengths[rows].sum()),
+                "joint/items": len(rows),
+                "joint/edges": len(batch),
+                "joint/items_per_second": len(rows) / elapsed,
+                "joint/comparisons_per_second": len(batch) / elapsed,
+            }
+            | meter.speed(data.tokens, rows, elapsed)
+        )
 
     def evaluate() -> Metrics:
         if not len(data.validation):
@@ -78,7 +85,7 @@ def batch_rows(data: PreferenceData, edges: EdgeList, config: TrainConfig) -> Ro
 
 
 def _preference_gradients(
-    scorer: Scorer, data: PreferenceData, batch: EdgeList, config: TrainConfig, step: int
+    scorer: Scorer, data: PreferenceData, batch: EdgeList, config: TrainConfig, step: int, keep_tokens: int
 ) -> tuple[Outcome, Tensor, Rows]:
     every = batch_rows(data, batch, config)
     rows = every[every < data.items]
@@ -97,6 +104,7 @@ def _preference_gradients(
         rows,
         loss,
         max_tokens=config.max_micro_batch_tokens,
+        keep_tokens=keep_tokens,
         at_least=config.gradient_accumulation_steps,
         step=step,
     )
@@ -169,6 +177,8 @@ def sft_task(
     scorer: Scorer, tokens: TokenizedItems, train: Rows, validation: Rows, config: SFTConfig, seed: int
 ) -> Task:
     """Supervised fine-tuning: the loss is on the response, in nats per token of the batch."""
+    keep_tokens = tokens_to_keep(scorer, tokens, config.activation_memory_gib)
+    meter = Meter(scorer)
     steps_per_epoch = math.ceil(len(train) / config.items_per_step)
 
     @lru_cache(maxsize=1)
@@ -179,16 +189,20 @@ def sft_task(
         epoch, place = divmod(step, steps_per_epoch)
         rows = np.sort(train[epoch_batches(epoch)[place]])
         response_tokens = int(tokens.response_tokens[rows].sum())
+        started = time.monotonic()
         scores = accumulate_gradients(
             scorer,
             tokens,
             rows,
             lambda scores: sft(_items(scores), response_tokens),
             max_tokens=config.max_micro_batch_tokens,
+            keep_tokens=keep_tokens,
             at_least=config.gradient_accumulation_steps,
             step=step,
         )
-        return {"loss": float(sft(_items(scores), response_tokens)), "tokens": int(tokens.lengths[rows].sum())}
+        elapsed = max(time.monotonic() - started, 1e-9)
+        metrics = {"loss": float(sft(_items(scores), response_tokens)), "tokens": int(tokens.lengths[rows].sum())}
+        return metrics | meter.speed(tokens, rows, elapsed)
 
     def evaluate() -> Metrics:
         if not len(validation):

@@ -65,7 +65,7 @@ def final_values(log: Log) -> dict[str, float | None]:
         "margin_instruction": instruction,
         "margin_response": response,
         "instruction_share": _share(instruction, response),
-        "tokens_per_second": _mean_or_none(curve(log, "joint/tokens_per_second").values),
+        "tokens_per_second": _mean_or_none(curve(log, "tokens_per_second").values),
     }
 
 

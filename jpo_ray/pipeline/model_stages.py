@@ -226,8 +226,12 @@ def _shower(bar: Bar) -> Any:
         notes = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
         if "rewards/accuracies" in metrics:
             notes.append(f"accuracy {metrics['rewards/accuracies']:.2f}")
-        if "joint/pairs_per_second" in metrics:
-            notes.append(f"{metrics['joint/pairs_per_second']:.0f} comparisons/s")
+        if "joint/comparisons_per_second" in metrics:
+            notes.append(f"{metrics['joint/comparisons_per_second']:.0f} comparisons/s")
+        if "tokens_per_second" in metrics:
+            notes.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in metrics:
+            notes.append(f"MFU {metrics['mfu']:.0%}")
         bar.to(done, total, " ".join(notes))
 
     return show

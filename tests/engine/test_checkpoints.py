@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "full": {"use_peft": False, "learning_rate": 1e-3},
 }
 STEPS, STOP_AT = 6, 5  # three steps an epoch; checkpoints after 2, 3, 4 and 6
-TIMINGS = ("joint/tokens_per_second", "joint/pairs_per_second")
+TIMINGS = ("tokens_per_second", "mfu", "joint/items_per_second", "joint/comparisons_per_second")
 
 
 class StoppedError(Exception):

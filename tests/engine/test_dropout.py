@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.tiny import DROPOUT, World, config, policy_scorer
-from jpo_ray.engine.dropout import DropoutKeys, KeyedDropout, install, mix32, mix_int, row_keys
+from jpo_ray.engine.dropout import DropoutKeys, KeyedDropout, install, mix32, mix_int, token_keys
 from jpo_ray.engine.model import load_model
 from jpo_ray.engine.scoring import make_scorer, score_items
 
@@ -17,7 +17,7 @@ WIDTH = 64
 def mask(*, seed: int = 0, step: int = 0, item: int = 0, salt: int = 0, length: int = 200, p: float = 0.3) -> Tensor:
     """Mask of one item: float[length, WIDTH]."""
     keys = DropoutKeys()
-    keys.rows_BL = row_keys(seed, step, torch.tensor([item]), length)
+    keys.tokens_BL = token_keys(seed, step, torch.full((1, length), item), torch.arange(length).unsqueeze(0))
     return KeyedDropout(p, salt, keys)(torch.ones(1, length, WIDTH))[0]
 
 
@@ -64,7 +64,7 @@ def test_positions_differ() -> None:
 def test_mask_is_the_items_own_in_any_batch() -> None:
     keys = DropoutKeys()
     layer = KeyedDropout(0.3, 5, keys)
-    keys.rows_BL = row_keys(1, 2, torch.tensor([9, 4, 7]), 50)
+    keys.tokens_BL = token_keys(1, 2, torch.tensor([[9], [4], [7]]).expand(3, 50), torch.arange(50).expand(3, 50))
     together = layer(torch.ones(3, 50, WIDTH))
     assert torch.equal(together[2, :30], mask(seed=1, step=2, item=7, salt=5, length=30))
     flat = layer(torch.ones(150, WIDTH))  # some layers see [B * L, D]

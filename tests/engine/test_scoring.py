@@ -18,9 +18,10 @@ from transformers import (
 
 from engine.tiny import World, config, difference, gradients_of, make_llama, plain_scorer, policy_scorer, save
 from jpo_ray.data.tokens import TokenizedItems
-from jpo_ray.engine import scoring
+from jpo_ray.engine import logprobs
+from jpo_ray.engine.micro_batches import micro_batches
 from jpo_ray.engine.model import load_model
-from jpo_ray.engine.scoring import make_scorer, micro_batches, score_items
+from jpo_ray.engine.scoring import make_scorer, score_items
 from jpo_ray.engine.step import score_all
 from jpo_ray.errors import InputError
 
@@ -94,9 +95,9 @@ def test_projection_in_chunks_changes_neither_values_nor_gradients(
     scorer = policy_scorer(folder, train)
     loss, whole = gradients_of(scorer, world.data, train)
     calls = []
-    chunk_logprobs = scoring._chunk_logprobs
-    monkeypatch.setattr(scoring, "_chunk_logprobs", lambda *a: (calls.append(len(a[1])), chunk_logprobs(*a))[1])
-    monkeypatch.setattr(scoring, "MAX_CHUNK_LOGITS", 420 * 7)
+    logits = logprobs._logits
+    monkeypatch.setattr(logprobs, "_logits", lambda *a: (calls.append(len(a[0])), logits(*a))[1])
+    monkeypatch.setattr(logprobs, "MAX_CHUNK_LOGITS", {"cpu": 420 * 7})
     chunked_loss, chunked = gradients_of(scorer, world.data, train)
     assert max(calls) == 7
     assert chunked_loss == pytest.approx(loss, abs=1e-6)

@@ -14,10 +14,10 @@ from jpo_ray.engine.step import accumulate_gradients, score_all, trainable
 
 PREFERENCE_CASES: dict[str, dict[str, Any]] = {
     "lora": {},
-    "lora-two-phase": {"max_micro_batch_tokens": 120},
+    "lora-two-phase": {"max_micro_batch_tokens": 120, "activation_memory_gib": 0.0},
     "lora-kto": {"objective": "kto"},
     "full": {"use_peft": False},
-    "full-two-phase": {"use_peft": False, "max_micro_batch_tokens": 1},
+    "full-two-phase": {"use_peft": False, "max_micro_batch_tokens": 1, "activation_memory_gib": 0.0},
 }
 CASES = [*PREFERENCE_CASES, "one-item", "scores"]
 

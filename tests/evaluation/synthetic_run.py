@@ -184,7 +184,7 @@ def preference_entry(step: int, done: float, position: int, noise: float, prefix
         "joint/accuracy_joint": min(1.0, 0.5 + 0.37 * lift - noise),
     }
     entry: dict[str, Any] = {"step": step, "epoch": 2 * done} | {prefix + key: value for key, value in values.items()}
-    return entry if prefix else entry | {"joint/tokens_per_second": 5400.0, "learning_rate": 1e-4 * (1 - done)}
+    return entry if prefix else entry | {"tokens_per_second": 5400.0, "learning_rate": 1e-4 * (1 - done)}
 
 
 def sample_row(index: int, model: str, temperature: float, response: str) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from jpo_ray.cluster import pairing, reference, sampling, training
 from jpo_ray.config import RunConfig
 from jpo_ray.config_file import parse_config
 from jpo_ray.data.tokens import TokenizedItems
+from jpo_ray.engine.micro_batches import micro_batches
 from jpo_ray.engine.model import load_model
-from jpo_ray.engine.scoring import make_scorer, micro_batches, score_items
+from jpo_ray.engine.scoring import make_scorer, score_items
 from jpo_ray.evaluation.generation import Generated, Request, TransformersSampler
 from jpo_ray.pairs.candidates import Candidates, block_candidates
 from jpo_ray.pipeline import STAGES, run_stages
