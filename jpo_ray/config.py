@@ -104,9 +104,17 @@ class OptimizerConfig(Section):
         1  # at least this many micro-batches per worker and step; the result is the same
     )
     gradient_checkpointing: bool = False
+    # ddp: every worker holds the whole model; fsdp2: a slice of it, for models too large for one
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
     eval_steps: Count | None = None  # default: at the end of each epoch
     save_steps: Count | None = None  # default: as eval_steps
     seed: Seed | None = None  # default: the run's
+
+    @model_validator(mode="after")
+    def _optimizer_shards(self) -> "OptimizerConfig":
+        if self.sharding == "fsdp2" and self.optim != "adamw_torch":
+            raise ValueError(f"{self.optim} does not work on sharded weights; set optim: adamw_torch or sharding: ddp")
+        return self
 
 
 class SFTConfig(OptimizerConfig):
@@ -215,6 +223,8 @@ class RunConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"train: entries need distinct names, got {', '.join(names)}")
         for entry in self.train:
+            if self.model.load_in_4bit and entry.sharding == "fsdp2":
+                raise ValueError(f"train.{entry.name}: 4-bit weights cannot be sharded; set sharding: ddp")
             other = next((other for other in self.train if other.name == entry.steps_like), None)
             if entry.steps_like and (other is None or other.steps_like):
                 raise ValueError(f"train.{entry.name}.steps_like: no entry `{entry.steps_like}` with epochs of its own")

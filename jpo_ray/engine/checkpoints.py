@@ -16,17 +16,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from jpo_ray.engine.step import trainable
+from jpo_ray.engine.sharding import assign, is_sharded, whole, whole_state
+from jpo_ray.engine.step import rank_and_world, trainable
 from jpo_ray.runs import file_hashes, read_json, write_json
 
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> Path:
-    """Write `folder/checkpoint-<global_step>`."""
+    """Write `folder/checkpoint-<global_step>`, on rank 0; every rank must call it. Returns its path."""
+    weights = whole_state(model) if is_sharded(model) else None
+    tensors, scalars = _flatten_state(optimizer, trainable(model))
     target = folder / f"checkpoint-{state['global_step']}"
+    if rank_and_world()[0] != 0:
+        return target
     staged = folder / f".{target.name}-{secrets.token_hex(4)}"
     staged.mkdir(parents=True)
-    save_weights(staged, model, tokenizer)
-    tensors, scalars = _flatten_state(optimizer, trainable(model))
+    _write_weights(staged, model, tokenizer, weights)
     save_file(tensors, staged / "optimizer.safetensors", metadata={"scalars": json.dumps(scalars)})
     write_json(staged / "trainer_state.json", state)
     write_json(staged / "files.json", file_hashes(staged))
@@ -36,9 +40,20 @@ def save_checkpoint(folder: Path, model: Any, tokenizer: Any, optimizer: Any, st
     return target
 
 
-def save_weights(folder: Path, model: Any, tokenizer: Any) -> None:
-    """The model (or its adapter) and tokenizer as plain transformers and peft read them."""
-    model.save_pretrained(folder, safe_serialization=True)
+def save_weights(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
+    """The model (or its adapter) and tokenizer as plain transformers and peft read them, on rank 0.
+
+    In `dtype`, where given. Every rank must call it.
+    """
+    weights = whole_state(model, dtype) if is_sharded(model) else None
+    if weights is None and dtype is not None:
+        model = model.to(dtype)
+    if rank_and_world()[0] == 0:
+        _write_weights(folder, model, tokenizer, weights)
+
+
+def _write_weights(folder: Path, model: Any, tokenizer: Any, weights: dict[str, torch.Tensor] | None) -> None:
+    model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
@@ -61,18 +76,16 @@ def is_valid(checkpoint: Path) -> bool:
 def load_checkpoint(checkpoint: Path, model: Any, optimizer: Any) -> dict[str, Any]:
     """Load weights and optimizer state in place; returns the trainer state."""
     adapter = checkpoint / "adapter_model.safetensors"
-    if adapter.exists():
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_file(adapter))
-    else:
-        weights: dict[str, torch.Tensor] = {}
-        for path in sorted(checkpoint.glob("model*.safetensors")):
-            weights.update(load_file(path))
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        tied = set(getattr(model, "_tied_weights_keys", None) or [])
-        if unexpected or set(missing) - tied:
-            raise RuntimeError(f"{checkpoint}: weights do not fit the model ({missing[:2]}, {unexpected[:2]})")
+    paths = [adapter] if adapter.exists() else sorted(checkpoint.glob("model*.safetensors"))
+    weights = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    # Names in an adapter's file lack the adapter's own.
+    own = {name.replace(".default.", "."): parameter for name, parameter in model.named_parameters()}
+    unexpected = sorted(weights.keys() - own.keys())
+    missing = [name for name, parameter in own.items() if parameter.requires_grad and name not in weights]
+    if unexpected or missing:
+        raise RuntimeError(f"{checkpoint}: weights do not fit the model ({missing[:2]}, {unexpected[:2]})")
+    for name, tensor in weights.items():
+        assign(own[name], tensor)
     _restore_state(checkpoint / "optimizer.safetensors", optimizer, trainable(model))
     return read_json(checkpoint / "trainer_state.json")
 
@@ -97,7 +110,7 @@ def _flatten_state(
     for index, parameter in enumerate(parameters):
         for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().clone().contiguous()
+                tensors[f"{index}.{name}"] = whole(value).detach().clone().contiguous()
             else:
                 scalars[f"{index}.{name}"] = value
     return tensors, scalars
@@ -109,4 +122,10 @@ def _restore_state(path: Path, optimizer: Any, parameters: list[nn.Parameter]) -
     for key, value in [*load_file(path).items(), *scalars.items()]:
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        optimizer.state[parameter][name] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:  # as the parameter is sharded
+            moment = torch.zeros_like(parameter, dtype=value.dtype)
+            assign(moment, value)
+            value = moment
+        elif isinstance(value, torch.Tensor):
+            value = value.to(parameter.device)
+        optimizer.state[parameter][name] = value

@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 
 from jpo_ray import records
-from jpo_ray.config import BaseModelConfig, SFTConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig, OptimizerConfig, SFTConfig, TrainConfig
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.checkpoints import newest_checkpoint
 from jpo_ray.engine.dataset import PreferenceData, edge_list
 from jpo_ray.engine.loop import Progress, train
 from jpo_ray.engine.model import DTYPES, load_model, load_policy, load_tokenizer
-from jpo_ray.engine.scoring import make_scorer
+from jpo_ray.engine.scoring import Scorer, make_scorer
+from jpo_ray.engine.sharding import shard
 from jpo_ray.engine.tasks import check_margins, preference_task, sft_task
 from jpo_ray.errors import InputError
 
@@ -52,10 +54,10 @@ def train_sft(
     of_split = {split: _numbers(row["split"] == split for row in rows) for split in ("train", "validation")}
     if not len(of_split["train"]):
         raise InputError("sft: no training items; check items.train")
-    policy = load_model(base, dtype="float32", device=device)
+    policy = load_model(base, dtype="float32", device=_loads_on(device, config))
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    scorer = make_scorer(policy, dropout_seed=_seed(config), autocast=_autocast(model))
+    scorer = _spread(make_scorer(policy, dropout_seed=_seed(config), autocast=_autocast(model)), config, device)
     task = sft_task(scorer, tokens, of_split["train"], of_split["validation"], config, _seed(config))
     state = train(policy, tokenizer, task, config, out, progress=progress, final_dtype=DTYPES[model.dtype])
     return state | {"truncated": tokens.truncated, "items": len(of_split["train"])}
@@ -73,13 +75,13 @@ def train_preferences(
     """Train one entry of `train`; returns the trainer state with data counts."""
     tokenizer = load_tokenizer(inputs.model)
     data = load_preferences(tokenizer, inputs, model, config)
-    policy = load_policy(inputs.model, model, config, seed=_seed(config), device=device)
+    policy = load_policy(inputs.model, model, config, seed=_seed(config), device=_loads_on(device, config))
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         if config.use_peft:
             policy.enable_input_require_grads()
     autocast = None if config.use_peft else _autocast(model)
-    scorer = make_scorer(policy, dropout_seed=_seed(config), autocast=autocast)
+    scorer = _spread(make_scorer(policy, dropout_seed=_seed(config), autocast=autocast), config, device)
     if newest_checkpoint(out) is None:  # before the first update the policy is the reference
         check_margins(scorer, data, config, model.dtype)
     task = preference_task(scorer, data, config, _seed(config), total_steps)
@@ -154,6 +156,20 @@ def _reference_of(reference: pa.Table, rows: Sequence[dict[str, Any]], partners:
 def _tokenize(tokenizer: Any, model: BaseModelConfig, rows: Sequence[dict[str, Any]]) -> TokenizedItems:
     instructions, responses = [row["instruction"] for row in rows], [row["response"] for row in rows]
     return tokenize(tokenizer, layout_of(model), instructions, responses)
+
+
+def _shards(config: OptimizerConfig) -> bool:
+    return config.sharding == "fsdp2" and dist.is_available() and dist.is_initialized()
+
+
+def _loads_on(device: str, config: OptimizerConfig) -> str:
+    """A model to be sharded may be too large for one GPU."""
+    return "cpu" if _shards(config) else device
+
+
+def _spread(scorer: Scorer, config: OptimizerConfig, device: str) -> Scorer:
+    """The scorer on the workers as `sharding` asks."""
+    return shard(scorer, torch.device(device)) if _shards(config) else scorer
 
 
 def _numbers(flags: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from jpo_ray.config import OptimizerConfig
 from jpo_ray.engine.checkpoints import keep_only, load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
 from jpo_ray.engine.optim import learning_rate, make_optimizer
+from jpo_ray.engine.sharding import whole
 from jpo_ray.engine.step import rank_and_world, sum_over_workers, trainable
 from jpo_ray.runs import write_json
 
@@ -81,7 +82,7 @@ def train(
             _evaluate(model, task, state)
         if saves:
             _checkpoint(out, model, tokenizer, optimizer, state)
-    _finish(out, model if final_dtype is None else model.to(final_dtype), tokenizer, state)
+    _finish(out, model, tokenizer, state, final_dtype)
     return state
 
 
@@ -93,7 +94,7 @@ def _update(
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     metrics = task.gradients(step)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
     if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
         raise FloatingPointError(
             f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm}; lower learning_rate or check the data"
@@ -115,17 +116,17 @@ def _evaluate(model: Any, task: Task, state: dict[str, Any]) -> None:
 
 
 def _checkpoint(out: Path, model: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    last = save_checkpoint(out, model, tokenizer, optimizer, state)
     if rank_and_world()[0] == 0:
-        last = save_checkpoint(out, model, tokenizer, optimizer, state)
         best = out / state["best_model_checkpoint"] if state["best_model_checkpoint"] else last
         keep_only(out, {last, best})
     _barrier()
 
 
-def _finish(out: Path, model: Any, tokenizer: Any, state: dict[str, Any]) -> None:
+def _finish(out: Path, model: Any, tokenizer: Any, state: dict[str, Any], dtype: torch.dtype | None) -> None:
     model.eval()
+    save_weights(out, model, tokenizer, dtype)
     if rank_and_world()[0] == 0:
-        save_weights(out, model, tokenizer)
         write_json(out / "trainer_state.json", state)
     _barrier()
 

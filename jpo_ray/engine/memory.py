@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.probes import UNLIMITED
@@ -35,12 +35,12 @@ def activation_bytes(scorer: Scorer, tokens: TokenizedItems) -> float:
     order = np.argsort(tokens.lengths, kind="stable")[len(tokens) // 2 :]  # from the median on
     count = max(1, int(np.searchsorted(np.cumsum(tokens.lengths[order]), PROBE_TOKENS)))
     rows = order[:count]
-    weights = {parameter.untyped_storage().data_ptr() for parameter in scorer.model.parameters()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        origin = tensor._base if tensor._is_view() else tensor
+        if not isinstance(origin, nn.Parameter):
+            storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 

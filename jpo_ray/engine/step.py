@@ -6,6 +6,7 @@ So neither the number of workers nor of micro-batches changes the result beyond 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.micro_batches import tree_tokens, trees_of
 from jpo_ray.engine.probes import UNLIMITED
 from jpo_ray.engine.scoring import Scorer, score_items
+from jpo_ray.engine.sharding import is_sharded
 
 Rows = npt.NDArray[np.int64]
 
@@ -34,30 +36,55 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def my_shard(tokens: TokenizedItems, rows: Rows, *, share: bool) -> Rows:
-    """The `rows` that this rank scores: longest tree first, each to the rank with the fewest tokens so far."""
-    rank, world = rank_and_world()
+def shards(tokens: TokenizedItems, rows: Rows, *, share: bool) -> list[Rows]:
+    """The `rows` that each rank scores: longest tree first, each to the rank with the fewest tokens so far."""
+    world = rank_and_world()[1]
     if world == 1:
-        return rows
+        return [rows]
     trees = trees_of(tokens, np.sort(rows), share=share)
-    sizes = [tree_tokens(tokens, tree) for tree in trees]
+    sizes = np.array([tree_tokens(tokens, tree) for tree in trees], dtype=np.int64)
     load = np.zeros(world, dtype=np.int64)
-    mine = [rows[:0]]
-    for place in np.argsort(-np.array(sizes), kind="stable"):
+    members: list[list[Rows]] = [[rows[:0]] for _ in range(world)]
+    for place in np.argsort(-sizes, kind="stable"):
         target = int(load.argmin())
         load[target] += sizes[place]
-        if target == rank:
-            mine.append(trees[place])
-    return np.concatenate(mine)
+        members[target].append(trees[place])
+    return [np.concatenate(group) for group in members]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of this rank. `tokens` is the most that any rank computes in its pass of the same number."""
+
+    rows: Rows
+    tokens: int
+    idle: bool  # this rank has nothing left, but a sharded model runs on all ranks or none
+
+
+def passes(scorer: Scorer, tokens: TokenizedItems, rows: Rows, max_tokens: int, at_least: int = 1) -> list[Pass]:
+    """This rank's micro-batches of `rows`. Where the model is sharded, every rank has the same number of passes."""
+    rank = rank_and_world()[0]
+    of_rank = shards(tokens, rows, share=scorer.share)
+    if not is_sharded(scorer.model):
+        mine = scorer.micro_batches(tokens, of_rank[rank], max_tokens, at_least)
+        return [Pass(batch, int(tokens.lengths[batch].sum()), idle=False) for batch in mine]
+    plans = [scorer.micro_batches(tokens, shard, max_tokens, at_least) for shard in of_rank]
+    found = []
+    for number in range(max(len(plan) for plan in plans)):
+        largest = max(int(tokens.lengths[plan[number]].sum()) for plan in plans if number < len(plan))
+        idle = number >= len(plans[rank])
+        found.append(Pass(rows[:1] if idle else plans[rank][number], largest, idle))
+    return found
 
 
 @torch.no_grad()
 def score_all(scorer: Scorer, tokens: TokenizedItems, rows: Rows, *, max_tokens: int, step: int = 0) -> Tensor:
     """Scores of all `rows` without gradients, shared among the workers: float64[N, 2] on every rank."""
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
-    mine = my_shard(tokens, rows, share=scorer.share)
-    for batch in scorer.micro_batches(tokens, mine, max_tokens):
-        table[_places(rows, batch)] = score_items(scorer, tokens, batch, step)
+    for one in passes(scorer, tokens, rows, max_tokens) if len(rows) else []:
+        scored = score_items(scorer, tokens, one.rows, step)
+        if not one.idle:
+            table[_places(rows, one.rows)] = scored
     return sum_over_workers(table)
 
 
@@ -79,27 +106,31 @@ def accumulate_gradients(
     gradients, and once more when the weights dL/ds are known (two phases): the same result, bounded memory, a forward
     pass more.
     """
-    mine = my_shard(tokens, rows, share=scorer.share)
-    micro = scorer.micro_batches(tokens, mine, max_tokens, at_least)
+    mine = passes(scorer, tokens, rows, max_tokens, at_least)
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
     kept: list[tuple[Tensor, Tensor | None]] = []
     room = keep_tokens
-    for batch in micro:
-        room -= int(tokens.lengths[batch].sum())
+    for one in mine:
+        room -= one.tokens
         with torch.set_grad_enabled(room >= 0):
-            scored = score_items(scorer, tokens, batch, step)
+            scored = score_items(scorer, tokens, one.rows, step)
         if room >= 0:
             kept.append((scored, scorer.dropout.tokens_BL))
-        table[_places(rows, batch)] = scored.detach()
+        if not one.idle:
+            table[_places(rows, one.rows)] = scored.detach()
     scores = sum_over_workers(table).requires_grad_()
     (weights,) = torch.autograd.grad(loss(scores), scores)
-    for batch in micro:
+    if is_sharded(scorer.model):  # whose gradients are averaged over the workers
+        weights = weights * rank_and_world()[1]
+    for one in mine:
         if kept:
             scored, scorer.dropout.tokens_BL = kept.pop(0)  # checkpointed layers run again, and must meet their masks
         else:
-            scored = score_items(scorer, tokens, batch, step)
-        torch.autograd.backward(scored, weights[_places(rows, batch)])
-    _sum_gradients(scorer.model)
+            scored = score_items(scorer, tokens, one.rows, step)
+        upstream = torch.zeros_like(scored) if one.idle else weights[_places(rows, one.rows)]
+        torch.autograd.backward(scored, upstream)
+    if not is_sharded(scorer.model):
+        _sum_gradients(scorer.model)
     return scores.detach()
 
 

@@ -1,5 +1,6 @@
 """Two workers give one worker's gradient: two spawned processes that meet through gloo."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from engine.tiny import World, difference
-from engine.workers import CASES, outcome_of, work
+from engine.workers import CASES, SHARDED_RECIPES, outcome_of, work
+from jpo_ray.config import BaseModelConfig
 from jpo_ray.engine import step
+from jpo_ray.engine.loop import train
 from jpo_ray.engine.micro_batches import tree_tokens, trees_of
+from jpo_ray.engine.model import load_policy, load_tokenizer
+from jpo_ray.engine.scoring import make_scorer
+from jpo_ray.engine.tasks import preference_task
 
 WORKERS = 2
 SAME = 2e-5  # relative norm: float32 sums in another order
@@ -35,14 +41,49 @@ def test_two_workers_are_one(case: str, outcomes: Path, world: World) -> None:
         assert difference(value, alone[name]) < SAME
 
 
+@pytest.mark.parametrize("name", SHARDED_RECIPES)
+def test_a_sharded_run_is_the_unsharded_one_and_goes_on_unsharded(
+    name: str, outcomes: Path, world: World, tmp_path: Path
+) -> None:
+    """Six steps on two workers' slices; then the last two again, in one process, from the checkpoint of step 4."""
+
+    def one_process(out: Path) -> tuple[dict[str, torch.Tensor], list[int]]:
+        recipe = SHARDED_RECIPES[name]
+        policy = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
+        task = preference_task(make_scorer(policy, dropout_seed=1), world.data, recipe, seed=1)
+        steps: list[int] = []
+        train(policy, load_tokenizer(world.model), task, recipe, out, progress=lambda done, *_: steps.append(done))
+        return weights_in(out), steps
+
+    (tmp_path / "whole").mkdir()
+    expected, _ = one_process(tmp_path / "whole")
+    found = weights_in(outcomes / name)
+    shutil.copytree(outcomes / name / "middle", tmp_path / "resumed")
+    resumed, steps = one_process(tmp_path / "resumed")
+    assert steps == [5, 6]
+    start = weights_in(world.model) if name == "full" else {key: found[key] * ("lora_A" in key) for key in found}
+    moved = distance(expected, start)
+    assert moved > 0.02
+    for other in (found, resumed):
+        assert other.keys() == expected.keys()
+        assert distance(other, expected) < 2e-3 * moved
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob("*model.safetensors")
+    return dict(load_file(path))
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return float(sum((a[name] - b[name]).pow(2).sum() for name in a)) ** 0.5
+
+
 def test_items_are_shared_by_tokens(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longest first, each to the worker with the fewest tokens: every item once, loads within one tree's length."""
     rows = np.arange(5, 24)
     for share in (False, True):
-        shards = []
-        for rank in range(3):
-            monkeypatch.setattr(step, "rank_and_world", lambda rank=rank: (rank, 3))
-            shards.append(step.my_shard(world.tokens, rows, share=share))
+        monkeypatch.setattr(step, "rank_and_world", lambda: (0, 3))
+        shards = step.shards(world.tokens, rows, share=share)
         assert sorted(np.concatenate(shards)) == rows.tolist()
         trees = [trees_of(world.tokens, shard, share=share) for shard in shards]
         loads = [sum(tree_tokens(world.tokens, tree) for tree in group) for group in trees]

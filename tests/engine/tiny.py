@@ -15,6 +15,7 @@ from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.dataset import EdgeList, PreferenceData
 from jpo_ray.engine.model import add_lora, load_model, load_tokenizer
 from jpo_ray.engine.scoring import Scorer, make_scorer
+from jpo_ray.engine.sharding import whole
 from jpo_ray.engine.step import score_all
 from jpo_ray.engine.tasks import preference_task
 from jpo_ray.sandbox.model import make_tokenizer
@@ -151,7 +152,7 @@ def gradients_of(scorer: Scorer, data: PreferenceData, train: TrainConfig, step:
     scorer.model.zero_grad(set_to_none=True)
     metrics = preference_task(scorer, data, train, seed=0).gradients(step)
     found = [parameter.grad for parameter in scorer.model.parameters() if parameter.requires_grad]
-    return metrics["loss"], torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+    return metrics["loss"], torch.cat([whole(gradient).flatten() for gradient in found if gradient is not None])
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -1,5 +1,6 @@
 """What a spawned worker of `test_workers.py` runs: each case's gradient, written to a file per rank."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +10,75 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from engine.tiny import World, config, gradients_of, make_world, policy_scorer
-from jpo_ray.engine.scoring import Scorer
+from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.engine.loop import train
+from jpo_ray.engine.model import load_policy, load_tokenizer
+from jpo_ray.engine.scoring import Scorer, make_scorer
+from jpo_ray.engine.sharding import shard, whole
 from jpo_ray.engine.step import accumulate_gradients, score_all, trainable
+from jpo_ray.engine.tasks import preference_task
 
 PREFERENCE_CASES: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora-two-phase": {"max_micro_batch_tokens": 120, "activation_memory_gib": 0.0},
     "lora-kto": {"objective": "kto"},
     "full": {"use_peft": False},
+    "lora-fsdp2": {"sharding": "fsdp2"},
+    "lora-two-phase-fsdp2": {"sharding": "fsdp2", "max_micro_batch_tokens": 120, "activation_memory_gib": 0.0},
+    "lora-some-kept-fsdp2": {"sharding": "fsdp2", "max_micro_batch_tokens": 60, "activation_memory_gib": 2e-3},
+    "full-fsdp2": {"sharding": "fsdp2", "use_peft": False, "max_micro_batch_tokens": 200},
+    "kto-fsdp2": {"sharding": "fsdp2", "objective": "kto"},
     "full-two-phase": {"use_peft": False, "max_micro_batch_tokens": 1, "activation_memory_gib": 0.0},
 }
-CASES = [*PREFERENCE_CASES, "one-item", "scores"]
+SHARDED_RECIPES = {
+    name: config(
+        comparisons_per_step=4, num_train_epochs=2, save_steps=2, eval_steps=6, sharding="fsdp2",
+        use_peft=name == "lora", learning_rate=1e-2 if name == "lora" else 1e-3,
+    )
+    for name in ("lora", "full")
+}  # fmt: skip
+CASES = [*PREFERENCE_CASES, "one-item", "one-item-fsdp2", "scores", "scores-fsdp2"]
+CPU = torch.device("cpu")
 
 
 def outcome_of(case: str, world: World) -> dict[str, torch.Tensor]:
     """Loss and gradient of a case, by however many workers there are."""
-    if case == "scores":
-        scorer = policy_scorer(world.model, config())
+    name = case.removesuffix("-fsdp2")
+    sharded = case.endswith("-fsdp2") and dist.is_initialized()
+    if name == "scores":
+        scorer = _scorer(world, config(), sharded)
         return {"scores": score_all(scorer, world.tokens, np.arange(24), max_tokens=200, step=3)}
-    if case == "one-item":  # fewer items than workers: one has nothing to do
-        scorer = policy_scorer(world.model, config())
+    if name == "one-item":  # fewer items than workers: one has nothing to do
+        scorer = _scorer(world, config(), sharded)
         scores = accumulate_gradients(scorer, world.tokens, np.array([3]), lambda s: s.sum() / 50, max_tokens=4096)
         return {"scores": scores, "gradient": gradient_of(scorer)}
     train = config(**PREFERENCE_CASES[case])
-    loss, gradient = gradients_of(policy_scorer(world.model, train), world.data, train)
+    loss, gradient = gradients_of(_scorer(world, train, sharded), world.data, train)
     return {"loss": torch.tensor(loss, dtype=torch.float64), "gradient": gradient}
 
 
+def _scorer(world: World, train: TrainConfig, sharded: bool) -> Scorer:
+    scorer = policy_scorer(world.model, train)
+    return shard(scorer, CPU) if sharded else scorer
+
+
 def gradient_of(scorer: Scorer) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in trainable(scorer.model) if p.grad is not None])
+    return torch.cat([whole(p.grad).flatten() for p in trainable(scorer.model) if p.grad is not None])
+
+
+def train_sharded(world: World, out: Path) -> None:
+    """Train LoRA and all parameters on sharded weights; checkpoints after steps 2, 4 and 6."""
+    for name, recipe in SHARDED_RECIPES.items():
+        policy = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
+        scorer = shard(make_scorer(policy, dropout_seed=1), CPU)
+        task = preference_task(scorer, world.data, recipe, seed=1)
+        (out / name).mkdir(exist_ok=True)
+
+        def copied(done: int, _total: int, _metrics: Any, folder: Path = out / name) -> None:
+            if done == 5 and dist.get_rank() == 0:  # before the next checkpoint takes its place
+                shutil.copytree(folder / "checkpoint-4", folder / "middle" / "checkpoint-4")
+
+        train(policy, load_tokenizer(world.model), task, recipe, out / name, progress=copied)
 
 
 def work(rank: int, workers: int, model: Path, out: Path) -> None:
@@ -46,4 +87,5 @@ def work(rank: int, workers: int, model: Path, out: Path) -> None:
     world = make_world(model)
     for case in CASES:
         save_file(outcome_of(case, world), out / f"{case}-{rank}.safetensors")
+    train_sharded(world, out)
     dist.destroy_process_group()
