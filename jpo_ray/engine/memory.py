@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.probes import UNLIMITED
 from jpo_ray.engine.scoring import Scorer, score_items
+from jpo_ray.engine.sharding import release
 
 PROBE_TOKENS = 512
 GIB = 2**30
@@ -46,6 +47,7 @@ def activation_bytes(scorer: Scorer, tokens: TokenizedItems) -> float:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         score_items(scorer, tokens, rows)
+    release(scorer.model)
     return sum(saved.values()) / float(tokens.lengths[rows].sum())
 
 

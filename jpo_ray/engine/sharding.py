@@ -31,6 +31,15 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def release(model: nn.Module) -> None:
+    """Give up weights that a forward pass without a backward pass has left gathered.
+
+    Until then the root's parameters are other objects than the ones an optimizer holds, and would not be trained.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -18,7 +18,7 @@ from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.micro_batches import tree_tokens, trees_of
 from jpo_ray.engine.probes import UNLIMITED
 from jpo_ray.engine.scoring import Scorer, score_items
-from jpo_ray.engine.sharding import is_sharded
+from jpo_ray.engine.sharding import is_sharded, release
 
 Rows = npt.NDArray[np.int64]
 
@@ -85,6 +85,7 @@ def score_all(scorer: Scorer, tokens: TokenizedItems, rows: Rows, *, max_tokens:
         scored = score_items(scorer, tokens, one.rows, step)
         if not one.idle:
             table[_places(rows, one.rows)] = scored
+    release(scorer.model)
     return sum_over_workers(table)
 
 
