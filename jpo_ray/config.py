@@ -131,6 +131,7 @@ class TrainConfig(OptimizerConfig):
     desirable_weight: Positive = 1.0  # KTO
     undesirable_weight: Positive = 1.0  # KTO
     comparisons_per_step: Count = 32  # global, whatever the number of workers
+    max_batch_tokens: Count | None = None  # a step ends before its distinct items have more tokens than this
     batching: Literal["graph", "pairs"] = (
         "graph"  # graph: comparisons that share items together; pairs: independent ones
     )
@@ -228,6 +229,8 @@ class RunConfig(Section):
             other = next((other for other in self.train if other.name == entry.steps_like), None)
             if entry.steps_like and (other is None or other.steps_like):
                 raise ValueError(f"train.{entry.name}.steps_like: no entry `{entry.steps_like}` with epochs of its own")
+            if entry.steps_like and (entry.max_batch_tokens or (other and other.max_batch_tokens)):
+                raise ValueError(f"train.{entry.name}.steps_like: steps cannot be counted with max_batch_tokens")
         for name in (self.sample.models or []) if self.sample else []:
             if name != "sft" and name not in names:
                 raise ValueError(f"sample.models: no model `{name}`; there are sft, {', '.join(names)}")

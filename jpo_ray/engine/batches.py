@@ -1,15 +1,19 @@
 """Cutting an epoch into batches: every number exactly once, reshuffled each epoch, a function of seed and epoch.
 
-`shuffled` gives independent ones (the paper's way). `graph` groups comparisons that share items: an item is scored
+`pairs` gives independent comparisons (the paper's way). `graph` groups comparisons that share items: an item is scored
 once per batch however many comparisons it is part of, so a batch costs its distinct items, not its comparisons.
 """
 
 import heapq
+import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+NO_LIMIT = 2**62
 
 
 def shuffled(count: int, per_step: int, seed: int, epoch: int) -> list[Ints]:
@@ -18,53 +22,118 @@ def shuffled(count: int, per_step: int, seed: int, epoch: int) -> list[Ints]:
     return [order[start : start + per_step] for start in range(0, count, per_step)]
 
 
-def graph(first: Ints, second: Ints, per_step: int, seed: int, epoch: int) -> list[Ints]:
-    """Batches of `per_step` edges (first[i], second[i]) that have few distinct items.
+def pairs(
+    first: Ints,
+    second: Ints,
+    per_step: int,
+    seed: int,
+    epoch: int,
+    lengths: Ints | None = None,
+    max_tokens: int = NO_LIMIT,
+) -> list[Ints]:
+    """Edges (first[i], second[i]) in random order, in batches of at most `per_step`.
+
+    A batch ends before its distinct items have more than `max_tokens` tokens (`lengths` gives each item's). int64[E]
+    in, the numbers of the edges out.
+    """
+    if lengths is None:
+        return shuffled(len(first), per_step, seed, epoch)
+    batches: list[list[int]] = [[]]
+    members: set[int] = set()
+    for edge in np.random.default_rng([seed, epoch]).permutation(len(first)).tolist():
+        ends = {int(first[edge]), int(second[edge])}
+        tokens = sum(int(lengths[item]) for item in members | ends)
+        if batches[-1] and (len(batches[-1]) == per_step or tokens > max_tokens):
+            batches.append([])
+            members = set()
+        batches[-1].append(edge)
+        members |= ends
+    return [np.array(batch, dtype=np.int64) for batch in batches if batch]
+
+
+def graph(
+    first: Ints,
+    second: Ints,
+    per_step: int,
+    seed: int,
+    epoch: int,
+    lengths: Ints | None = None,
+    max_tokens: int = NO_LIMIT,
+) -> list[Ints]:
+    """Batches within the same limits as `pairs` makes them, but of edges that have few distinct items.
 
     A batch grows from a random edge: the outside item with most remaining edges into the batch joins it, ties at
-    random, and brings these edges along; where none is connected, another random edge starts anew. int64[E] in, the
-    numbers of the edges out.
+    random, and brings these edges along; where none is connected, another random edge starts anew.
     """
     rng = np.random.default_rng([seed, epoch, 0x6772])
     starts = rng.permutation(len(first)).tolist()
     rank = rng.random(int(max(first.max(initial=-1), second.max(initial=-1))) + 1).tolist()
+    cost = [0] * len(rank) if lengths is None else lengths[: len(rank)].tolist()
     edges_of = _incidence(first, second, rng)
     ends = list(zip(first.tolist(), second.tolist(), strict=True))
     taken = bytearray(len(ends))
     batches: list[Ints] = []
-    batch: list[int] = []
-    members: set[int] = set()
-    into: dict[int, int] = {}  # outside item -> its remaining edges into the batch
-    frontier: list[tuple[int, float, int]] = []
+    grown = _Growing()
     while True:
-        joining = _pop(frontier, into, members)
+        joining = grown.next_item()
         if joining is None:
             while starts and taken[starts[-1]]:
                 starts.pop()
             if not starts:
                 break
             joining = ends[starts[-1]][0]
-            if joining in members:
+            if joining in grown.members:
                 joining = ends[starts[-1]][1]
-        members.add(joining)
+        if grown.edges and grown.tokens + cost[joining] > max_tokens:
+            batches.append(np.array(grown.edges, dtype=np.int64))
+            grown = _Growing()
+            continue
+        grown.add(joining, cost[joining])
         for edge in edges_of[joining]:
             if taken[edge]:
                 continue
             other = ends[edge][0] if ends[edge][1] == joining else ends[edge][1]
-            if other in members:
+            if other in grown.members:
                 taken[edge] = 1
-                batch.append(edge)
-                if len(batch) == per_step:
+                grown.edges.append(edge)
+                if len(grown.edges) == per_step:
                     break
             else:
-                into[other] = into.get(other, 0) + 1
-                heapq.heappush(frontier, (-into[other], rank[other], other))
-        if len(batch) == per_step:
-            batches.append(np.array(batch, dtype=np.int64))
-            batch, members, into, frontier = [], set(), {}, []
-    if batch:
-        batches.append(np.array(batch, dtype=np.int64))
+                grown.sees(other, rank[other])
+        if len(grown.edges) == per_step:
+            batches.append(np.array(grown.edges, dtype=np.int64))
+            grown = _Growing()
+    if grown.edges:
+        batches.append(np.array(grown.edges, dtype=np.int64))
     return [batches[place] for place in rng.permutation(len(batches))]
+
+
+class _Growing:
+    """A batch as it grows: its items, its edges, and the outside items by their remaining edges into it."""
+
+    def __init__(self) -> None:
+        self.edges: list[int] = []
+        self.members: set[int] = set()
+        self.tokens = 0
+        self._into: dict[int, int] = {}
+        self._frontier: list[tuple[int, float, int]] = []
+
+    def add(self, item: int, tokens: int) -> None:
+        self.members.add(item)
+        self.tokens += tokens
+
+    def sees(self, item: int, rank: float) -> None:
+        """One more edge leads to the outside `item`."""
+        self._into[item] = self._into.get(item, 0) + 1
+        heapq.heappush(self._frontier, (-self._into[item], rank, item))
+
+    def next_item(self) -> int | None:
+        """The outside item with most edges into the batch; entries that are out of date are dropped."""
+        while self._frontier:
+            negative, _, item = heapq.heappop(self._frontier)
+            if item not in self.members and self._into[item] == -negative:
+                return item
+        return None
 
 
 def _incidence(first: Ints, second: Ints, rng: np.random.Generator) -> dict[int, list[int]]:
@@ -76,10 +145,31 @@ def _incidence(first: Ints, second: Ints, rng: np.random.Generator) -> dict[int,
     return found
 
 
-def _pop(frontier: list[tuple[int, float, int]], into: dict[int, int], members: set[int]) -> int | None:
-    """The outside item with most edges into the batch; entries that are out of date are dropped."""
-    while frontier:
-        negative, _, item = heapq.heappop(frontier)
-        if item not in members and into[item] == -negative:
-            return item
-    return None
+class Schedule:
+    """The batch of each step, over epochs that may have different numbers of batches."""
+
+    def __init__(self, epoch_batches: Callable[[int], list[Ints]], epochs: float, fixed: int | None) -> None:
+        """`fixed` is the number of batches per epoch, where it is the same for all; None: all epochs are made once."""
+        self._make = lru_cache(maxsize=1)(epoch_batches)
+        self._fixed = fixed
+        counts = [] if fixed else [len(epoch_batches(epoch)) for epoch in range(math.ceil(epochs))]
+        self._ends = np.cumsum(counts)
+        self.steps_per_epoch = fixed or counts[0]
+        if fixed:
+            self.total_steps = total_steps(fixed, epochs)
+        else:  # whole epochs, and of the last its share
+            whole = sum(counts[: math.floor(epochs)])
+            self.total_steps = max(1, whole + math.ceil((epochs % 1) * counts[-1]))
+
+    def batch(self, step: int) -> Ints:
+        """The numbers of step `step`'s edges or items."""
+        if self._fixed:
+            epoch, place = divmod(step, self._fixed)
+        else:
+            epoch = int(np.searchsorted(self._ends, step, side="right"))
+            place = step - (int(self._ends[epoch - 1]) if epoch else 0)
+        return self._make(epoch)[place]
+
+
+def total_steps(steps_per_epoch: int, epochs: float) -> int:
+    return max(1, math.ceil(steps_per_epoch * epochs))

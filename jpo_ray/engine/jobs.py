@@ -90,6 +90,7 @@ def train_preferences(
     return state | {
         "truncated": data.tokens.truncated,
         "comparisons": min(len(data.train), config.max_train_comparisons or len(data.train)),
+        "items_per_comparison": _items_per_comparison(state),
         "validation_comparisons": len(data.validation),
     }
 
@@ -156,6 +157,13 @@ def _reference_of(reference: pa.Table, rows: Sequence[dict[str, Any]], partners:
 def _tokenize(tokenizer: Any, model: BaseModelConfig, rows: Sequence[dict[str, Any]]) -> TokenizedItems:
     instructions, responses = [row["instruction"] for row in rows], [row["response"] for row in rows]
     return tokenize(tokenizer, layout_of(model), instructions, responses)
+
+
+def _items_per_comparison(state: dict[str, Any]) -> float | None:
+    """Distinct items that a step scored, per comparison, over all steps: 2 without any sharing."""
+    logged = [entry for entry in state["log_history"] if "joint/items" in entry]
+    edges = sum(entry["joint/edges"] for entry in logged)
+    return round(sum(entry["joint/items"] for entry in logged) / edges, 3) if edges else None
 
 
 def _shards(config: OptimizerConfig) -> bool:

@@ -3,15 +3,17 @@
 import math
 import time
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from jpo_ray.config import SFTConfig, TrainConfig
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine import batches
+from jpo_ray.engine.batches import Schedule
 from jpo_ray.engine.dataset import EdgeList, PreferenceData
 from jpo_ray.engine.loop import Metrics, Task
 from jpo_ray.engine.memory import tokens_to_keep
@@ -31,17 +33,10 @@ def preference_task(
     edges = _first(data.train, config.max_train_comparisons, seed)
     keep_tokens = tokens_to_keep(scorer, data.tokens, config.activation_memory_gib)
     meter = Meter(scorer)
-    steps_per_epoch = math.ceil(len(edges) / config.comparisons_per_step)
-
-    @lru_cache(maxsize=1)
-    def epoch_batches(epoch: int) -> list[Rows]:
-        if config.batching == "pairs":
-            return batches.shuffled(len(edges), config.comparisons_per_step, seed, epoch)
-        return batches.graph(edges.chosen, edges.rejected, config.comparisons_per_step, seed, epoch)
+    schedule = preference_schedule(edges, data.tokens.lengths, config, seed)
 
     def gradients(step: int) -> Metrics:
-        epoch, place = divmod(step, steps_per_epoch)
-        batch = edges.take(epoch_batches(epoch)[place])
+        batch = edges.take(schedule.batch(step))
         started = time.monotonic()
         outcome, scores, rows = _preference_gradients(scorer, data, batch, config, step, keep_tokens)
         elapsed = max(time.monotonic() - started, 1e-9)
@@ -66,8 +61,20 @@ def preference_task(
         metrics = preference_metrics(outcome, scores, data.validation, rows)
         return {f"eval_{name}": value for name, value in metrics.items()}
 
-    steps = total_steps or total_steps_of(steps_per_epoch, config.num_train_epochs)
-    return Task(gradients, evaluate, steps_per_epoch, steps)
+    return Task(gradients, evaluate, schedule.steps_per_epoch, total_steps or schedule.total_steps)
+
+
+def preference_schedule(edges: EdgeList, lengths: npt.NDArray[np.int64], config: TrainConfig, seed: int) -> Schedule:
+    """Which comparisons each step sees."""
+    make = {"pairs": batches.pairs, "graph": batches.graph}[config.batching]
+    per_step, limit = config.comparisons_per_step, config.max_batch_tokens
+
+    def epoch_batches(epoch: int) -> list[Rows]:
+        if limit is None:
+            return make(edges.chosen, edges.rejected, per_step, seed, epoch)
+        return make(edges.chosen, edges.rejected, per_step, seed, epoch, lengths, limit)
+
+    return Schedule(epoch_batches, config.num_train_epochs, math.ceil(len(edges) / per_step) if limit is None else None)
 
 
 def check_margins(scorer: Scorer, data: PreferenceData, config: TrainConfig, dtype: str) -> float:
@@ -179,15 +186,14 @@ def sft_task(
     """Supervised fine-tuning: the loss is on the response, in nats per token of the batch."""
     keep_tokens = tokens_to_keep(scorer, tokens, config.activation_memory_gib)
     meter = Meter(scorer)
-    steps_per_epoch = math.ceil(len(train) / config.items_per_step)
 
-    @lru_cache(maxsize=1)
     def epoch_batches(epoch: int) -> list[Rows]:
         return batches.shuffled(len(train), config.items_per_step, seed, epoch)
 
+    schedule = Schedule(epoch_batches, config.num_train_epochs, math.ceil(len(train) / config.items_per_step))
+
     def gradients(step: int) -> Metrics:
-        epoch, place = divmod(step, steps_per_epoch)
-        rows = np.sort(train[epoch_batches(epoch)[place]])
+        rows = np.sort(train[schedule.batch(step)])
         response_tokens = int(tokens.response_tokens[rows].sum())
         started = time.monotonic()
         scores = accumulate_gradients(
@@ -210,11 +216,7 @@ def sft_task(
         scores = score_all(scorer, tokens, validation, max_tokens=config.max_micro_batch_tokens)
         return {"eval_loss": float(sft(_items(scores), int(tokens.response_tokens[validation].sum())))}
 
-    return Task(gradients, evaluate, steps_per_epoch, total_steps_of(steps_per_epoch, config.num_train_epochs))
-
-
-def total_steps_of(steps_per_epoch: int, epochs: float) -> int:
-    return max(1, math.ceil(steps_per_epoch * epochs))
+    return Task(gradients, evaluate, schedule.steps_per_epoch, schedule.total_steps)
 
 
 def _first(edges: EdgeList, limit: int | None, seed: int) -> EdgeList:

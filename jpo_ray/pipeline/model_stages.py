@@ -193,7 +193,7 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
         stage = f"train-{entry.name}"
         with progress_bar(context.console, f"training {entry.name}") as bar:
             state = run_training(context.ray(), context.config.cluster, stage, work, out.resolve(), _shower(bar))
-        return _facts(state, ("comparisons", "validation_comparisons", "truncated"))
+        return _facts(state, ("comparisons", "validation_comparisons", "items_per_comparison", "truncated"))
 
     slice_ = {
         "train": seeded.model_dump(),
@@ -205,7 +205,7 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
 
 def _steps_of(context: Context, entry: TrainConfig) -> int:
     """Steps of another entry, from its epochs and the number of its comparisons."""
-    from jpo_ray.engine.tasks import total_steps_of
+    from jpo_ray.engine.batches import total_steps
 
     preferences = records.read_table(context.path("judge") / "preferences.parquet", records.PREFERENCES)
     kinds = zip(preferences["split"].to_pylist(), preferences["protocol"].to_pylist(), strict=True)
@@ -213,7 +213,7 @@ def _steps_of(context: Context, entry: TrainConfig) -> int:
     if not count:
         raise InputError(f"train.{entry.name}: no decisive {' or '.join(entry.protocols)} preferences to train on")
     per_epoch = math.ceil(min(count, entry.max_train_comparisons or count) / entry.comparisons_per_step)
-    return total_steps_of(per_epoch, entry.num_train_epochs)
+    return total_steps(per_epoch, entry.num_train_epochs)
 
 
 def _model_slice(context: Context, *without: str) -> dict[str, Any]:

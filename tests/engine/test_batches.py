@@ -1,9 +1,11 @@
 """Batches: every edge once per epoch, a function of seed and epoch, and few items per edge in graph mode."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from jpo_ray.engine.batches import graph, shuffled
+from jpo_ray.engine.batches import Schedule, graph, pairs, shuffled
 
 
 def _edges(items: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -19,7 +21,7 @@ def _items_per_edge(first: np.ndarray, second: np.ndarray, batches: list[np.ndar
 @pytest.mark.parametrize(("items", "count", "per_step"), [(50, 200, 32), (1000, 300, 32), (10, 1, 8), (4, 6, 7)])
 def test_each_edge_comes_once_and_batches_are_full(items: int, count: int, per_step: int) -> None:
     first, second = _edges(items, count, seed=1)
-    for batches in (graph(first, second, per_step, 0, 0), shuffled(count, per_step, 0, 0)):
+    for batches in (graph(first, second, per_step, 0, 0), pairs(first, second, per_step, 0, 0)):
         assert sorted(np.concatenate(batches).tolist()) == list(range(count))
         sizes = sorted(len(batch) for batch in batches)
         assert sizes[1:] == [per_step] * (len(sizes) - 1)
@@ -59,3 +61,45 @@ def test_a_clique_costs_its_items() -> None:
     first, second = np.array(pairs).T
     batches = graph(first, second, 120, 0, 0)
     assert [len(np.unique([first[batch], second[batch]])) for batch in batches] == [16] * 5
+
+
+@pytest.mark.parametrize("mode", [graph, pairs])
+@pytest.mark.parametrize("max_tokens", [60, 100, 400])
+def test_batches_stay_within_a_number_of_tokens(mode: Any, max_tokens: int) -> None:
+    """Items of 10 to 29 tokens: a batch of one comparison always fits 60."""
+    first, second = _edges(50, 200, seed=4)
+    lengths = 10 + np.arange(50) % 20
+    batches = mode(first, second, 32, 0, 0, lengths, max_tokens)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(200))
+    sizes = [int(lengths[np.unique([first[batch], second[batch]])].sum()) for batch in batches]
+    assert max(sizes) <= max_tokens
+    assert max(len(batch) for batch in batches) <= 32
+    if mode is graph:
+        assert len(batches) < len(pairs(first, second, 32, 0, 0, lengths, max_tokens))
+
+
+def test_a_comparison_longer_than_the_limit_has_a_batch_of_its_own() -> None:
+    first, second = np.array([0, 2]), np.array([1, 3])
+    for mode in (graph, pairs):
+        batches = mode(first, second, 8, 0, 0, np.array([90, 90, 5, 5]), 100)
+        assert sorted(batch.tolist() for batch in batches) == [[0], [1]]
+
+
+def test_without_a_limit_pairs_are_shuffled_edges() -> None:
+    first, second = _edges(50, 70, seed=4)
+    for one, other in zip(pairs(first, second, 32, 3, 1), shuffled(70, 32, 3, 1), strict=True):
+        assert one.tolist() == other.tolist()
+    free = pairs(first, second, 32, 3, 1, np.ones(50, dtype=np.int64), 1000)
+    assert [batch.tolist() for batch in free] == [batch.tolist() for batch in shuffled(70, 32, 3, 1)]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (2.5, 7), (0.5, 2), (3, 9)])
+def test_epochs_of_different_numbers_of_batches(epochs: float, steps: int) -> None:
+    """Epochs of 3, 2 and 4 batches; the last epoch counts by its share, rounded up."""
+    counts = [3, 2, 4]
+    schedule = Schedule(lambda epoch: [np.array([10 * epoch + n]) for n in range(counts[epoch])], epochs, None)
+    assert schedule.total_steps == steps
+    assert schedule.steps_per_epoch == 3
+    found = [int(schedule.batch(step)[0]) for step in range(steps)]
+    assert found == [0, 1, 2, 10, 11, 20, 21, 22, 23][:steps]
+    assert int(schedule.batch(1)[0]) == 1  # an earlier one again, as a resumed run asks for it

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jpo_ray.engine.batches import shuffled
+from jpo_ray.engine.batches import shuffled, total_steps
 from jpo_ray.engine.dataset import edge_list, mismatched_partners
-from jpo_ray.engine.tasks import _first, total_steps_of
+from jpo_ray.engine.tasks import _first
 from jpo_ray.records import PREFERENCES
 
 ROW_OF = {"p": 0, "q": 1, "r": 2}
@@ -56,7 +56,7 @@ def test_subsets_of_one_seed_are_nested() -> None:
 
 @pytest.mark.parametrize(("per_epoch", "epochs", "steps"), [(10, 2, 20), (10, 0.25, 3), (10, 0.01, 1), (3, 1.5, 5)])
 def test_steps_of_fractional_epochs(per_epoch: int, epochs: float, steps: int) -> None:
-    assert total_steps_of(per_epoch, epochs) == steps
+    assert total_steps(per_epoch, epochs) == steps
 
 
 def test_partners_are_of_another_instruction_and_use_each_response_once() -> None:
