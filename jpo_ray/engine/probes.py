@@ -45,12 +45,12 @@ def maskable_length(backbone: Any, ids: Tensor) -> int:
     other = response.flip(1) + 1
     position = torch.arange(ids.shape[1], device=ids.device)
     piece = torch.tensor([0] * prompt.shape[1] + [1] * response.shape[1] + [2] * other.shape[1], device=ids.device)
-    mask = tree_mask(piece.unsqueeze(0), torch.zeros_like(piece).unsqueeze(0), (piece == 0).unsqueeze(0))
+    mask = attention_mask(backbone, piece.unsqueeze(0), torch.zeros_like(piece).unsqueeze(0), (piece == 0).unsqueeze(0))
     both = torch.cat([prompt, response, other], dim=1)
     positions = torch.cat([position, position[prompt.shape[1] :]]).unsqueeze(0)
     dtype = next(backbone.parameters()).dtype
     try:
-        together = hidden_states(backbone, both, positions, additive(mask, dtype))
+        together = hidden_states(backbone, both, positions, mask)
     except (TypeError, ValueError):  # takes no positions or no such mask
         return 0
     alone = hidden_states(backbone, torch.cat([prompt, other], dim=1))
@@ -71,24 +71,31 @@ def refuse_drawn_dropout(model: Any, backbone: Any, keys: DropoutKeys, ids: Tens
         )
 
 
-def hidden_states(
-    backbone: Any, ids_BL: Tensor, position_BL: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
+def hidden_states(backbone: Any, ids_BL: Tensor, position_BL: Tensor | None = None, mask: Any = None) -> Tensor:
     """Hidden states [B, L, D]; positions and mask where they are not those of padded rows."""
     special = {} if mask is None else {"position_ids": position_BL, "attention_mask": mask}
     hidden: Tensor = backbone(input_ids=ids_BL, use_cache=False, **special).last_hidden_state
     return hidden
 
 
-def tree_mask(piece_BL: Tensor, tree_BL: Tensor, is_instruction_BL: Tensor) -> Tensor:
-    """Which token attends to which, bool[B, L, L]: to earlier ones of its own piece and of its tree's instruction."""
-    place = torch.arange(piece_BL.shape[1], device=piece_BL.device)
-    causal = place.unsqueeze(1) >= place
-    same_tree = tree_BL.unsqueeze(2) == tree_BL.unsqueeze(1)
-    seen = (piece_BL.unsqueeze(2) == piece_BL.unsqueeze(1)) | is_instruction_BL.unsqueeze(1)
-    return causal & same_tree & seen
+def attention_mask(backbone: Any, piece_BL: Tensor, tree_BL: Tensor, is_instruction_BL: Tensor) -> Any:
+    """Which token attends to which: to earlier ones of its own piece and of its tree's instruction.
 
+    As the model's attention takes it: a block mask for FlexAttention, else [B, 1, L, L], zero or the lowest number.
+    """
+    rows, length = piece_BL.shape
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """As attention takes it: [B, 1, L, L], zero or the lowest number."""
+    def attends(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_tree = tree_BL[row, query] == tree_BL[row, key]
+        seen = (piece_BL[row, query] == piece_BL[row, key]) | is_instruction_BL[row, key]
+        return (query >= key) & same_tree & seen
+
+    if backbone.config._attn_implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(attends, rows, None, length, length, device=piece_BL.device)
+    row = torch.arange(rows, device=piece_BL.device)[:, None, None]
+    place = torch.arange(length, device=piece_BL.device)
+    mask = attends(row, row, place[None, :, None], place[None, None, :])
+    dtype = next(backbone.parameters()).dtype
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min).unsqueeze(1)

@@ -23,12 +23,11 @@ from jpo_ray.engine.micro_batches import Laid, lay_out, micro_batches, tree_toke
 from jpo_ray.engine.model import backbone_and_head
 from jpo_ray.engine.probes import (
     UNLIMITED,
-    additive,
+    attention_mask,
     hidden_states,
     maskable_length,
     projects_plainly,
     refuse_drawn_dropout,
-    tree_mask,
 )
 
 
@@ -124,7 +123,7 @@ def _score_laid(model: Any, scorer: Scorer, laid: Laid, position_BL: Tensor) -> 
     mask = None
     if laid.needs_mask:
         pieces = (_tensor(part, scorer) for part in (laid.piece_BL, laid.tree_BL, laid.is_instruction_BL))
-        mask = additive(tree_mask(*pieces), next(scorer.backbone.parameters()).dtype)
+        mask = attention_mask(scorer.backbone, *pieces)
     with torch.autocast(scorer.device.type, scorer.autocast) if scorer.autocast else nullcontext():
         if scorer.head is None:
             special = {} if mask is None else {"position_ids": position_BL, "attention_mask": mask}

@@ -170,3 +170,15 @@ def test_joint_and_conditional_losses_do_not_see_the_layout(layout: str, world: 
         other_loss, other = gradients_of(rebuilt(plain, share=share, packed=packed), world.data, train)
         assert other_loss == pytest.approx(loss, abs=1e-6)
         assert difference(other, gradient) < 1e-5
+
+
+@pytest.mark.slow  # it compiles a kernel
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler meets its own
+def test_flex_attention_is_masked_alike(world: World) -> None:
+    """Forward only: FlexAttention has no backward pass on CPUs."""
+    with torch.no_grad():
+        flex = make_scorer(load_model(world.model, dtype="float32", attention="flex_attention"), packed=True)
+        assert (flex.share, flex.packed) == (True, True)
+        assert flex.backbone.config._attn_implementation == "flex_attention"
+        found = score_items(flex, world.tokens, np.arange(12))
+    assert np.abs(found.numpy() - world.data.reference[:12]).max() < 2e-4
