@@ -1,0 +1,1 @@
+"""Parts of `time_to_quality.py`: what is compared, training with evaluations in between, reading the curves."""
