@@ -106,7 +106,7 @@ def _scored(
         return
     wanted = worker_resources(ray, config, config.num_actors)
     require_resources(ray, "reference", [wanted] * config.num_actors)
-    batches = micro_batches(tokens, missing, PASS_TOKENS, share=True)
+    batches = micro_batches(tokens, missing, PASS_TOKENS, packed=True)
     rows = [{"batch": number} | _packed(tokens, members) for number, members in enumerate(batches)]
     scored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ReferenceScorer,

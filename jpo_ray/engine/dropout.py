@@ -8,28 +8,23 @@ coordinates: nothing is stored, and backward through a recomputed forward agrees
 import torch
 from torch import Tensor, nn
 
-
-class DropoutKeys:
-    """The keys of the tokens being scored, shared by every `KeyedDropout` of a model: int32[B, L] or None."""
-
-    def __init__(self) -> None:
-        self.tokens_BL: Tensor | None = None
+from jpo_ray.engine.passing import PassState
 
 
 class KeyedDropout(nn.Module):
     """Zeroes each element with probability `p`, by a hash of its token's key, its feature and the layer's `salt`."""
 
-    def __init__(self, p: float, salt: int, keys: DropoutKeys) -> None:
+    def __init__(self, p: float, salt: int, state: PassState) -> None:
         super().__init__()
         self.p = p
         self.salt = salt
-        self.keys = keys
+        self.state = state
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float[B, L, D] or float[B * L, D]."""
         if not self.training or self.p == 0:
             return x
-        keys = self.keys.tokens_BL
+        keys = self.state.tokens_BL
         if keys is None or keys.numel() * x.shape[-1] != x.numel():
             raise RuntimeError("dropout without token keys: score items through `score_items`, which sets them")
         return x * self._mask(keys.reshape(*x.shape[:-1]), x.shape[-1]).to(x.dtype)
@@ -41,19 +36,14 @@ class KeyedDropout(nn.Module):
         return keep * (1 / (1 - self.p))
 
 
-def install(model: nn.Module) -> DropoutKeys:
-    """Replace every active `nn.Dropout` of the model; returns the keys to set before each forward pass.
-
-    A model that was seen before keeps its layers and their keys.
-    """
-    keys = next((module.keys for module in model.modules() if isinstance(module, KeyedDropout)), DropoutKeys())
+def install_dropout(model: nn.Module, state: PassState) -> None:
+    """Replace every active `nn.Dropout` of the model by a keyed one that reads its tokens' keys from `state`."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
     for salt, (name, module) in enumerate(found):
         if module.p > 0:
             parent = model.get_submodule(name.rpartition(".")[0])
-            replacement = KeyedDropout(module.p, salt, keys).train(module.training)
+            replacement = KeyedDropout(module.p, salt, state).train(module.training)
             parent.add_module(name.rpartition(".")[2], replacement)
-    return keys
 
 
 def token_keys(seed: int, step: int, pieces_BL: Tensor, positions_BL: Tensor) -> Tensor:

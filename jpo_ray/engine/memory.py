@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jpo_ray.data.tokens import TokenizedItems
-from jpo_ray.engine.probes import UNLIMITED
 from jpo_ray.engine.scoring import Scorer, score_items
 from jpo_ray.engine.sharding import release
+from jpo_ray.engine.step import UNLIMITED
 
 PROBE_TOKENS = 512
 GIB = 2**30
@@ -47,6 +47,7 @@ def activation_bytes(scorer: Scorer, tokens: TokenizedItems) -> float:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         score_items(scorer, tokens, rows)
+    scorer.state.clear()
     release(scorer.model)
     return sum(saved.values()) / float(tokens.lengths[rows].sum())
 

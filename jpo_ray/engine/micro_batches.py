@@ -1,13 +1,12 @@
 """Which items go through the model together, and how their tokens are laid out for one forward pass.
 
-The unit is a **tree**: one instruction part and one or more responses to it, side by side. A response attends to the
-instruction part and to itself, and its positions go on from the instruction's end, so each item is scored as if it
-were alone, and the instruction part is computed once. Without sharing, every tree is one item.
+The unit is a **tree**: one instruction part and one or more responses to it. Where a model takes packed rows, trees
+stand end to end in one row without padding, and the instruction part is computed once for all its responses; each
+response's positions go on from the instruction's end, and attention (`attention.py`) sees each item alone. For other
+models every tree is one item, a row of a matrix padded on the right, where causal attention never looks.
 
-Trees are rows of a matrix, padded on the right (`padded`), or laid end to end in one row (`packed`). Only shared and
-packed trees need an attention mask: padding on the right is never attended to.
-
-Shape suffixes: M items, B rows, L length of a row, T scored tokens, P pieces (instruction parts and responses).
+Shape suffixes: M items, B rows, L length of a row, T tokens of a packed row, S scored tokens, P pieces (instruction
+parts and responses), N cells of attention.
 """
 
 from dataclasses import dataclass
@@ -18,25 +17,19 @@ import numpy.typing as npt
 from jpo_ray.data.tokens import TokenizedItems
 
 Ints = npt.NDArray[np.int64]
-MAX_SHARED_TOKENS = 4096  # of a tree of several responses: attention is quadratic in it
+PASS_COST = 40  # what a micro-batch costs beside its tokens, in tokens of the same time
+PLANNED_AT_ONCE = 128  # trees among which the best cuts are searched
+BUCKET_FILL = 0.75  # attention pads items to one another down to this share of the longest
 
 
-def trees_of(tokens: TokenizedItems, rows: Ints, *, share: bool, longest: int = MAX_SHARED_TOKENS) -> list[Ints]:
-    """Group `rows` by instruction part where `share`, up to `longest` tokens per tree; one item each otherwise."""
+def trees_of(tokens: TokenizedItems, rows: Ints, *, share: bool) -> list[Ints]:
+    """Group `rows` by instruction part where `share`; one item each otherwise."""
     if not share:
         return list(rows[:, None])
-    of_prompt: dict[int, list[list[int]]] = {}
-    size: dict[int, int] = {}  # of the prompt's last tree
-    for row in rows.tolist():
-        prompt = int(tokens.prompt_groups[row])
-        trees = of_prompt.setdefault(prompt, [])
-        if trees and size[prompt] + int(tokens.response_tokens[row]) <= longest:
-            trees[-1].append(row)
-            size[prompt] += int(tokens.response_tokens[row])
-        else:
-            trees.append([row])
-            size[prompt] = int(tokens.lengths[row])
-    return [np.array(tree, dtype=np.int64) for trees in of_prompt.values() for tree in trees]
+    of_prompt: dict[int, list[int]] = {}
+    for row, prompt in zip(rows.tolist(), tokens.prompt_groups[rows].tolist(), strict=True):
+        of_prompt.setdefault(prompt, []).append(row)
+    return [np.array(tree, dtype=np.int64) for tree in of_prompt.values()]
 
 
 def tree_tokens(tokens: TokenizedItems, tree: Ints) -> int:
@@ -44,105 +37,148 @@ def tree_tokens(tokens: TokenizedItems, tree: Ints) -> int:
 
 
 def micro_batches(
-    tokens: TokenizedItems, rows: Ints, max_tokens: int, at_least: int = 1, *, share: bool = False, packed: bool = False
+    tokens: TokenizedItems, rows: Ints, max_tokens: int, at_least: int = 1, *, packed: bool = False
 ) -> list[Ints]:
-    """Split `rows` into batches of trees of similar length that take at most `max_tokens`, padding included.
+    """Split `rows` into batches that take at most `max_tokens`, padding included where they are not `packed`.
 
     A single tree longer than that has a batch of its own. The split depends on the rows alone, not on their order.
     """
-    trees = trees_of(tokens, np.sort(rows), share=share)
+    trees = trees_of(tokens, np.sort(rows), share=packed)
     sizes = np.array([tree_tokens(tokens, tree) for tree in trees], dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")  # longest first: memory peaks at once, or not at all
     most = max(1, len(trees) // at_least)
-    batches: list[list[Ints]] = []
+    parts = _filled(order, sizes, max_tokens, most) if packed else _cuts(order, sizes, max_tokens, most)
+    return [np.concatenate([trees[place] for place in part]) for part in parts]
+
+
+def _filled(order: Ints, sizes: Ints, max_tokens: int, most: int) -> list[list[int]]:
+    """Cut places in descending size into full batches; neighbours are alike, which attention pads to one another."""
+    parts: list[list[int]] = []
     room = 0
-    for place in np.argsort(-sizes, kind="stable"):  # longest first: memory peaks at once, or not at all
-        if not batches or len(batches[-1]) == most or room < sizes[place]:
-            batches.append([])
-            longest = int(sizes[place])
-            room = max_tokens if packed else max(1, max_tokens // longest) * longest
-        batches[-1].append(trees[place])
-        room -= int(sizes[place]) if packed else longest
-    return [np.concatenate(batch) for batch in batches]
+    for place in order.tolist():
+        if not parts or len(parts[-1]) == most or room < sizes[place]:
+            parts.append([])
+            room = max_tokens
+        parts[-1].append(place)
+        room -= int(sizes[place])
+    return parts
+
+
+def _cuts(order: Ints, sizes: Ints, max_tokens: int, most: int) -> list[list[int]]:
+    """Cut places in descending size into batches with the least padding, a batch costing `PASS_COST` tokens more."""
+    parts: list[list[int]] = []
+    for chunk in (order[at : at + PLANNED_AT_ONCE] for at in range(0, len(order), PLANNED_AT_ONCE)):
+        longest = sizes[chunk].tolist()
+        best, cut = [0] + [2**62] * len(chunk), [0] * (len(chunk) + 1)  # cost of the first so many, and the last cut
+        for end in range(1, len(chunk) + 1):
+            for start in range(max(0, end - most), end):
+                padded = longest[start] * (end - start)
+                cost = best[start] + padded + PASS_COST
+                if (padded <= max_tokens or end - start == 1) and cost < best[end]:
+                    best[end], cut[end] = cost, start
+        found: list[list[int]] = []
+        end = len(chunk)
+        while end:
+            found.append(chunk[cut[end] : end].tolist())
+            end = cut[end]
+        parts += reversed(found)
+    return parts
 
 
 @dataclass(frozen=True)
 class Laid:
     """The tokens of M items for one forward pass.
 
-    `piece_BL` numbers the piece each token belongs to (-1 for padding) and `tree_BL` its tree; `key_BL` names the piece
-    for the whole data set. `source_T` are flat indices of the tokens that predict the scored ones `target_T`, which add
-    to the piece `piece_T`. Item m's parts are the pieces `instruction_M[m]` and `response_M[m]`.
+    `key_BL` names the piece each token belongs to, the same in the whole data set. `source_S` are flat indices of the
+    tokens that predict the scored ones `target_S`, which add to the piece `piece_S`. Item m's parts are the pieces
+    `instruction_M[m]` and `response_M[m]`. Of a packed row, attention's cells: `token_N` is the token of each, `cell_T`
+    the cell of each token, `buckets` are (items, length), and `each_once` says that no token is in two items.
     """
 
     ids_BL: Ints
     position_BL: Ints
-    piece_BL: Ints
-    tree_BL: Ints
     key_BL: Ints
-    is_instruction_BL: npt.NDArray[np.bool_]
-    source_T: Ints
-    target_T: Ints
-    piece_T: Ints
+    source_S: Ints
+    target_S: Ints
+    piece_S: Ints
     instruction_M: Ints
     response_M: Ints
     pieces: int
-    needs_mask: bool
+    token_N: Ints
+    cell_T: Ints
+    buckets: list[tuple[int, int]]
+    each_once: bool
 
 
-def lay_out(tokens: TokenizedItems, rows: Ints, *, share: bool, packed: bool) -> Laid:
+def lay_out(tokens: TokenizedItems, rows: Ints, *, packed: bool) -> Laid:
     """Lay out `rows`, in the order in which their scores are wanted."""
-    trees = trees_of(tokens, rows, share=share)
+    trees = trees_of(tokens, rows, share=packed)
     sizes = [tree_tokens(tokens, tree) for tree in trees]
     shape = (1, sum(sizes)) if packed else (len(trees), max(sizes))
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if packed else np.arange(len(trees)) * shape[1]
     ids, position, key = (np.zeros(shape[0] * shape[1], dtype=np.int64) for _ in range(3))
-    piece = np.full(shape[0] * shape[1], -1, dtype=np.int64)
-    tree_of = np.repeat(np.arange(shape[0], dtype=np.int64), shape[1])  # padding belongs to its row's tree
-    is_instruction = np.zeros(shape[0] * shape[1], dtype=np.bool_)
     place_of = {int(row): place for place, row in enumerate(rows)}
     instruction_M, response_M = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
     sources: list[Ints] = []
     targets: list[Ints] = []
-    piece_of_target: list[Ints] = []
-    pieces = 0
+    pieces_of: list[Ints] = []
+    items: list[tuple[Ints, int]] = []  # the tokens of each item in the row, and how many of them another one put back
 
-    def add(part: Ints, at: int, first_position: int, predicted_by: int | None, name: int) -> None:
+    def add(part: Ints, at: int, first_position: int, predicted_by: int | None, name: int) -> int:
         """One piece at flat index `at`; its first token is predicted by the token `predicted_by` (None: by none)."""
-        nonlocal pieces
         span = slice(at, at + len(part))
-        ids[span], piece[span], key[span] = part, pieces, name
+        ids[span], key[span] = part, name
         position[span] = np.arange(first_position, first_position + len(part))
         inside = np.arange(at, at + len(part) - 1, dtype=np.int64)
         sources.append(inside if predicted_by is None else np.concatenate([[predicted_by], inside]))
         targets.append(part[len(part) - len(sources[-1]) :])
-        piece_of_target.append(np.full(len(sources[-1]), pieces, dtype=np.int64))
-        pieces += 1
+        pieces_of.append(np.full(len(sources[-1]), len(pieces_of), dtype=np.int64))
+        return len(pieces_of) - 1
 
-    for number, (tree, start) in enumerate(zip(trees, starts.tolist(), strict=True)):
+    for tree, start in zip(trees, starts.tolist(), strict=True):
         prompt_length = int(tokens.prompt_lengths[tree[0]])
-        tree_of[start : start + sizes[number]] = number
-        is_instruction[start : start + prompt_length] = True
-        instruction = pieces
         prompt = tokens.item(int(tree[0]))[:prompt_length].astype(np.int64)
-        add(prompt, start, 0, None, -1 - int(tokens.prompt_groups[tree[0]]))
+        instruction = add(prompt, start, 0, None, -1 - int(tokens.prompt_groups[tree[0]]))
+        shared = np.arange(start, start + prompt_length, dtype=np.int64)
         at = start + prompt_length
         for row in tree.tolist():
-            instruction_M[place_of[row]], response_M[place_of[row]] = instruction, pieces
             response = tokens.item(row)[prompt_length:].astype(np.int64)
-            add(response, at, prompt_length, start + prompt_length - 1, row)
+            instruction_M[place_of[row]] = instruction
+            response_M[place_of[row]] = add(response, at, prompt_length, start + prompt_length - 1, row)
+            own = np.arange(at, at + len(response), dtype=np.int64)
+            items.append((np.concatenate([shared, own]), 0 if row == tree[0] else prompt_length))
             at += len(response)
+    token_N, cell_T, buckets = _cells(items, shape[1]) if packed else (ids[:0], ids[:0], [])
     return Laid(
         ids_BL=ids.reshape(shape),
         position_BL=position.reshape(shape),
-        piece_BL=piece.reshape(shape),
-        tree_BL=tree_of.reshape(shape),
         key_BL=key.reshape(shape),
-        is_instruction_BL=is_instruction.reshape(shape),
-        source_T=np.concatenate(sources),
-        target_T=np.concatenate(targets),
-        piece_T=np.concatenate(piece_of_target),
+        source_S=np.concatenate(sources),
+        target_S=np.concatenate(targets),
+        piece_S=np.concatenate(pieces_of),
         instruction_M=instruction_M,
         response_M=response_M,
-        pieces=pieces,
-        needs_mask=packed or any(len(tree) > 1 for tree in trees),
+        pieces=len(pieces_of),
+        token_N=token_N,
+        cell_T=cell_T,
+        buckets=buckets,
+        each_once=len(trees) == len(rows),
     )
+
+
+def _cells(items: list[tuple[Ints, int]], tokens: int) -> tuple[Ints, Ints, list[tuple[int, int]]]:
+    """Spread items over buckets of similar length: the token of each cell, the cell of each token, and the buckets."""
+    items = sorted(items, key=lambda item: -len(item[0]))
+    buckets: list[tuple[int, int]] = []
+    token_N: list[Ints] = []
+    cell_T = np.zeros(tokens, dtype=np.int64)
+    at = 0
+    for members, skipped in items:
+        if not buckets or len(members) < BUCKET_FILL * buckets[-1][1]:
+            buckets.append((0, len(members)))
+        count, length = buckets[-1]
+        buckets[-1] = (count + 1, length)
+        token_N.append(np.concatenate([members, np.full(length - len(members), members[-1])]))
+        cell_T[members[skipped:]] = np.arange(at + skipped, at + len(members))
+        at += length
+    return np.concatenate(token_N), cell_T, buckets

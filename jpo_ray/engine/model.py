@@ -57,21 +57,13 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_model(
-    folder: Path, *, dtype: str, load_in_4bit: bool = False, device: str = "cpu", attention: str | None = None
-) -> Any:
-    """A causal language model in evaluation mode. `dtype` is the compute dtype where the weights are 4-bit.
-
-    `attention` is transformers' name of an implementation. By default FlexAttention on CUDA where the model has it: it
-    leaves out what a mask of packed rows forbids.
-    """
+def load_model(folder: Path, *, dtype: str, load_in_4bit: bool = False, device: str = "cpu") -> Any:
+    """A causal language model in evaluation mode. `dtype` is the compute dtype where the weights are 4-bit."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     config = AutoConfig.from_pretrained(folder)
     _disable_attention_dropout(config)
     options: dict[str, Any] = {"config": config}
-    if attention is not None or (device.startswith("cuda") and _supports_flex_attention(config)):
-        options["attn_implementation"] = attention or "flex_attention"
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -84,13 +76,6 @@ def load_model(
     )
     _keep_backward(model)
     return model.eval()
-
-
-def _supports_flex_attention(config: Any) -> bool:
-    from transformers import AutoModelForCausalLM
-
-    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return bool(getattr(kind, "_supports_flex_attn", False))
 
 
 def _keep_backward(model: Any) -> None:

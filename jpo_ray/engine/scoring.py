@@ -1,12 +1,12 @@
 """Log-probs of items: one forward pass each, their instruction part shared among those that have the same.
 
-Shape suffixes: M items of a micro-batch, B rows, L length of a row, D width, T scored tokens.
+Shape suffixes: M items of a micro-batch, B rows, L length of a row, D width, S scored tokens.
 """
 
 import types
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jpo_ray.data.tokens import TokenizedItems
-from jpo_ray.engine.dropout import DropoutKeys, install, token_keys
+from jpo_ray.engine.attention import Cells, install_attention
+from jpo_ray.engine.dropout import install_dropout, token_keys
 from jpo_ray.engine.logprobs import token_logprobs
 from jpo_ray.engine.lora import speed_up_lora
 from jpo_ray.engine.micro_batches import Laid, lay_out, micro_batches, tree_tokens, trees_of
 from jpo_ray.engine.model import backbone_and_head
-from jpo_ray.engine.probes import (
-    UNLIMITED,
-    attention_mask,
-    hidden_states,
-    maskable_length,
-    projects_plainly,
-    refuse_drawn_dropout,
-)
+from jpo_ray.engine.passing import PassState
+from jpo_ray.engine.probes import projects_plainly, refuse_drawn_dropout
+
+LAYER_KINDS = {"full_attention", "sliding_attention"}  # that mix tokens by attention alone
 
 
 @dataclass(frozen=True)
@@ -38,37 +35,30 @@ class Scorer:
     model: Any
     backbone: Any
     head: Any | None  # None where the logits are more than `head(hidden)`: then the model's own logits are used
-    dropout: DropoutKeys
+    state: PassState
     dropout_seed: int
     device: torch.device
     autocast: torch.dtype | None  # compute dtype of matrix products, where it differs from the weights'
-    share: bool  # items of one instruction share its forward pass
-    packed: bool  # sequences end to end in one row, not padded in a matrix
-    longest_row: int  # that may be masked
+    packed: bool  # rows without padding, instruction parts shared; else one padded row per item
 
     def computed_tokens(self, tokens: TokenizedItems, rows: npt.NDArray[np.int64]) -> int:
         """Tokens that go through the model for `rows`, shared instruction parts counted once, padding apart."""
-        return sum(tree_tokens(tokens, tree) for tree in trees_of(tokens, rows, share=self.share))
+        return sum(tree_tokens(tokens, tree) for tree in trees_of(tokens, rows, share=self.packed))
 
     def micro_batches(
         self, tokens: TokenizedItems, rows: npt.NDArray[np.int64], max_tokens: int, at_least: int = 1
     ) -> list[npt.NDArray[np.int64]]:
         """`rows` in batches for `score_items`, of at most `max_tokens` each."""
-        return micro_batches(tokens, rows, max_tokens, at_least, share=self.share, packed=self.packed)
+        return micro_batches(tokens, rows, max_tokens, at_least, packed=self.packed)
 
 
 def make_scorer(
-    model: Any,
-    *,
-    dropout_seed: int = 0,
-    autocast: torch.dtype | None = None,
-    share: bool = True,
-    packed: bool | None = None,
+    model: Any, *, dropout_seed: int = 0, autocast: torch.dtype | None = None, packed: bool = True
 ) -> Scorer:
     """Wrap a model. Its dropout layers become keyed ones (`dropout.py`), LoRA layers on CPU faster ones (`lora.py`).
 
-    `share` and `packed` (by default on CUDA) are wishes: a model whose attention cannot be masked so that scores stay
-    the same goes without. Raises `InputError` for a model that draws dropout masks itself, which no key could repeat.
+    `packed` is a wish: a model that does not score packed items as it scores them alone goes without. Raises
+    `InputError` for a model that draws dropout masks itself, which no key could repeat.
     """
     backbone, head = backbone_and_head(model)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -76,26 +66,51 @@ def make_scorer(
     ids = torch.arange(1, 9, device=device).unsqueeze(0) % (vocabulary - 1)
     was_training = model.training
     plain = projects_plainly(model.eval(), backbone, head, ids)
-    longest_row = maskable_length(backbone, ids)
-    keys = install(model)
+    state: PassState = getattr(backbone, "pass_state", PassState())  # the scorers of one model share it
+    install_dropout(model, state)
     speed_up_lora(model)
-    refuse_drawn_dropout(model.train(), backbone, keys, ids)
-    model.train(was_training)
-    if packed is None:
-        packed = device.type == "cuda"
+    refuse_drawn_dropout(model.train(), backbone, state, ids)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes_cells = install_attention(causal, state)
     model.score_laid = types.MethodType(_score_laid, model)
-    return Scorer(
-        model=model,
+    padded = Scorer(
+        model=model.eval(),
         backbone=backbone,
         head=head if plain else None,
-        dropout=keys,
+        state=state,
         dropout_seed=dropout_seed,
         device=device,
         autocast=autocast,
-        share=share and longest_row > 0,
-        packed=packed and longest_row == UNLIMITED,
-        longest_row=longest_row,
+        packed=False,
     )
+    found = replace(padded, packed=True) if packed and takes_cells and _packs(padded, ids[0]) else padded
+    model.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def _packs(scorer: Scorer, ids: Tensor) -> bool:
+    """Whether three items in a packed row, two of them of one instruction, score as they do in padded rows.
+
+    Not so for models that ignore positions, or mix tokens otherwise than by attention.
+    """
+    config = scorer.model.config.get_text_config()
+    if not set(getattr(config, "layer_types", None) or []) <= LAYER_KINDS:
+        return False
+    first = ids.cpu().numpy().astype(np.int32)
+    items = [first, np.concatenate([first[:5], first[5:][::-1], first[:2]]), first[::-1]]
+    tokens = TokenizedItems(
+        ids=np.concatenate(items),
+        offsets=np.cumsum([0, *(len(item) for item in items)]),
+        prompt_lengths=np.array([5, 5, 3], dtype=np.int32),
+        truncated=0,
+    )
+    try:
+        together, alone = (score_items(replace(scorer, packed=packed), tokens, range(3)) for packed in (True, False))
+    except (TypeError, ValueError, RuntimeError):  # takes no positions
+        return False
+    exact = scorer.autocast is None and scorer.model.dtype == torch.float32
+    return torch.allclose(together, alone, rtol=0, atol=1e-3 if exact else 0.3)
 
 
 def score_items(
@@ -103,37 +118,39 @@ def score_items(
 ) -> Tensor:
     """Log-probs of the instruction and the response part of items `rows` (distinct): float64[M, 2], in nats.
 
-    With gradients where torch's grad mode is on. `step` keys the dropout masks.
+    With gradients where torch's grad mode is on: then `scorer.state` stays set for layers that run again in backward,
+    and whoever uses the model otherwise clears it first. `step` keys the dropout masks.
     """
-    rows = np.asarray(rows, dtype=np.int64)
-    laid = lay_out(tokens, rows, share=scorer.share, packed=scorer.packed)
-    if laid.needs_mask and laid.ids_BL.shape[1] > scorer.longest_row:
-        laid = lay_out(tokens, rows, share=False, packed=False)
+    laid = lay_out(tokens, np.asarray(rows, dtype=np.int64), packed=scorer.packed)
     key_BL, position_BL = _tensor(laid.key_BL, scorer), _tensor(laid.position_BL, scorer)
-    scorer.dropout.tokens_BL = token_keys(scorer.dropout_seed, step, key_BL, position_BL)
-    logprob_T = scorer.model.score_laid(scorer, laid, position_BL)
+    scorer.state.tokens_BL = token_keys(scorer.dropout_seed, step, key_BL, position_BL)
+    scorer.state.cells = None
+    if scorer.packed:
+        token_N, cell_T = _tensor(laid.token_N, scorer), _tensor(laid.cell_T, scorer)
+        scorer.state.cells = Cells(token_N, cell_T, laid.buckets, laid.each_once)
+    logprob_S = scorer.model.score_laid(scorer, laid, position_BL)
     sums_P = torch.zeros(laid.pieces, dtype=torch.float64, device=scorer.device)
-    sums_P = sums_P.index_add(0, _tensor(laid.piece_T, scorer), logprob_T.double())
+    sums_P = sums_P.index_add(0, _tensor(laid.piece_S, scorer), logprob_S.double())
+    if not torch.is_grad_enabled():  # else layers may run again in backward
+        scorer.state.clear()
     return torch.stack([sums_P[_tensor(part, scorer)] for part in (laid.instruction_M, laid.response_M)], dim=1)
 
 
 def _score_laid(model: Any, scorer: Scorer, laid: Laid, position_BL: Tensor) -> Tensor:
-    """Log-probs float32[T] of the scored tokens. A method of the model, so that a sharded one gathers its weights."""
-    ids_BL, source_T, target_T = (_tensor(part, scorer) for part in (laid.ids_BL, laid.source_T, laid.target_T))
-    mask = None
-    if laid.needs_mask:
-        pieces = (_tensor(part, scorer) for part in (laid.piece_BL, laid.tree_BL, laid.is_instruction_BL))
-        mask = attention_mask(scorer.backbone, *pieces)
+    """Log-probs float32[S] of the scored tokens. A method of the model, so that a sharded one gathers its weights."""
+    ids_BL, source_S, target_S = (_tensor(part, scorer) for part in (laid.ids_BL, laid.source_S, laid.target_S))
+    inputs: dict[str, Any] = {"input_ids": ids_BL, "use_cache": False}
+    if scorer.packed:  # a mask of the right rank, which attention by items ignores, lest one is made from the positions
+        inputs |= {"position_ids": position_BL, "attention_mask": torch.zeros(1, 1, 1, 1, device=scorer.device)}
     with torch.autocast(scorer.device.type, scorer.autocast) if scorer.autocast else nullcontext():
         if scorer.head is None:
-            special = {} if mask is None else {"position_ids": position_BL, "attention_mask": mask}
-            logits = model(input_ids=ids_BL, use_cache=False, **special).logits.flatten(0, 1)[source_T]
-            return -F.cross_entropy(logits.float(), target_T, reduction="none")
-        hidden_TD = hidden_states(scorer.backbone, ids_BL, position_BL, mask).flatten(0, 1)[source_T]
-    dtype = scorer.autocast or hidden_TD.dtype
+            logits = model(**inputs).logits.flatten(0, 1)[source_S]
+            return -F.cross_entropy(logits.float(), target_S, reduction="none")
+        hidden_SD = scorer.backbone(**inputs).last_hidden_state.flatten(0, 1)[source_S]
+    dtype = scorer.autocast or hidden_SD.dtype
     weight_VD, bias_V = scorer.head.weight, scorer.head.bias
     return token_logprobs(
-        hidden_TD.to(dtype), target_T, weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        hidden_SD.to(dtype), target_S, weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
     )
 
 

@@ -7,6 +7,7 @@ So neither the number of workers nor of micro-batches changes the result beyond 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.micro_batches import tree_tokens, trees_of
-from jpo_ray.engine.probes import UNLIMITED
 from jpo_ray.engine.scoring import Scorer, score_items
 from jpo_ray.engine.sharding import is_sharded, release
 
 Rows = npt.NDArray[np.int64]
+UNLIMITED = 2**31  # tokens
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -36,12 +37,12 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def shards(tokens: TokenizedItems, rows: Rows, *, share: bool) -> list[Rows]:
+def shards(tokens: TokenizedItems, rows: Rows, *, packed: bool) -> list[Rows]:
     """The `rows` that each rank scores: longest tree first, each to the rank with the fewest tokens so far."""
     world = rank_and_world()[1]
     if world == 1:
         return [rows]
-    trees = trees_of(tokens, np.sort(rows), share=share)
+    trees = trees_of(tokens, np.sort(rows), share=packed)
     sizes = np.array([tree_tokens(tokens, tree) for tree in trees], dtype=np.int64)
     load = np.zeros(world, dtype=np.int64)
     members: list[list[Rows]] = [[rows[:0]] for _ in range(world)]
@@ -64,7 +65,7 @@ class Pass:
 def passes(scorer: Scorer, tokens: TokenizedItems, rows: Rows, max_tokens: int, at_least: int = 1) -> list[Pass]:
     """This rank's micro-batches of `rows`. Where the model is sharded, every rank has the same number of passes."""
     rank = rank_and_world()[0]
-    of_rank = shards(tokens, rows, share=scorer.share)
+    of_rank = shards(tokens, rows, packed=scorer.packed)
     if not is_sharded(scorer.model):
         mine = scorer.micro_batches(tokens, of_rank[rank], max_tokens, at_least)
         return [Pass(batch, int(tokens.lengths[batch].sum()), idle=False) for batch in mine]
@@ -109,14 +110,14 @@ def accumulate_gradients(
     """
     mine = passes(scorer, tokens, rows, max_tokens, at_least)
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
-    kept: list[tuple[Tensor, Tensor | None]] = []
+    kept: list[tuple[Tensor, Any]] = []
     room = keep_tokens
     for one in mine:
         room -= one.tokens
         with torch.set_grad_enabled(room >= 0):
             scored = score_items(scorer, tokens, one.rows, step)
         if room >= 0:
-            kept.append((scored, scorer.dropout.tokens_BL))
+            kept.append((scored, scorer.state.snapshot()))
         if not one.idle:
             table[_places(rows, one.rows)] = scored.detach()
     scores = sum_over_workers(table).requires_grad_()
@@ -125,11 +126,13 @@ def accumulate_gradients(
         weights = weights * rank_and_world()[1]
     for one in mine:
         if kept:
-            scored, scorer.dropout.tokens_BL = kept.pop(0)  # checkpointed layers run again, and must meet their masks
+            scored, snapshot = kept.pop(0)
+            scorer.state.restore(snapshot)  # checkpointed layers run again
         else:
             scored = score_items(scorer, tokens, one.rows, step)
         upstream = torch.zeros_like(scored) if one.idle else weights[_places(rows, one.rows)]
         torch.autograd.backward(scored, upstream)
+    scorer.state.clear()
     if not is_sharded(scorer.model):
         _sum_gradients(scorer.model)
     return scores.detach()

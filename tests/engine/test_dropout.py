@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.tiny import DROPOUT, World, config, policy_scorer
-from jpo_ray.engine.dropout import DropoutKeys, KeyedDropout, install, mix32, mix_int, token_keys
+from jpo_ray.engine.dropout import KeyedDropout, install_dropout, mix32, mix_int, token_keys
 from jpo_ray.engine.model import load_model
+from jpo_ray.engine.passing import PassState
 from jpo_ray.engine.scoring import make_scorer, score_items
 
 WIDTH = 64
@@ -16,7 +17,7 @@ WIDTH = 64
 
 def mask(*, seed: int = 0, step: int = 0, item: int = 0, salt: int = 0, length: int = 200, p: float = 0.3) -> Tensor:
     """Mask of one item: float[length, WIDTH]."""
-    keys = DropoutKeys()
+    keys = PassState()
     keys.tokens_BL = token_keys(seed, step, torch.full((1, length), item), torch.arange(length).unsqueeze(0))
     return KeyedDropout(p, salt, keys)(torch.ones(1, length, WIDTH))[0]
 
@@ -62,7 +63,7 @@ def test_positions_differ() -> None:
 
 
 def test_mask_is_the_items_own_in_any_batch() -> None:
-    keys = DropoutKeys()
+    keys = PassState()
     layer = KeyedDropout(0.3, 5, keys)
     keys.tokens_BL = token_keys(1, 2, torch.tensor([[9], [4], [7]]).expand(3, 50), torch.arange(50).expand(3, 50))
     together = layer(torch.ones(3, 50, WIDTH))
@@ -72,7 +73,7 @@ def test_mask_is_the_items_own_in_any_batch() -> None:
 
 
 def test_evaluation_drops_nothing_and_training_needs_keys() -> None:
-    layer = KeyedDropout(0.3, 0, DropoutKeys())
+    layer = KeyedDropout(0.3, 0, PassState())
     x = torch.randn(2, 3, WIDTH)
     with pytest.raises(RuntimeError, match="score items through `score_items`"):
         layer(x)
@@ -83,14 +84,17 @@ def test_install_replaces_every_active_dropout_once() -> None:
     inner = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.2))
     model = nn.ModuleDict({"a": nn.Dropout(0.1), "b": inner, "c": nn.Dropout(0)})
     model["a"].eval()
-    keys = install(model)
+    state = PassState()
+    install_dropout(model, state)
     first, second = model["a"], inner[1]
     assert isinstance(first, KeyedDropout)
     assert isinstance(second, KeyedDropout)
     assert (first.p, second.p, first.training, second.training) == (0.1, 0.2, False, True)
     assert first.salt != second.salt
     assert isinstance(model["c"], nn.Dropout)
-    assert install(model) is keys  # a second scorer of the same model sets the same keys
+    assert first.state is second.state is state
+    install_dropout(model, state)
+    assert (model["a"], inner[1]) == (first, second)  # a second scorer of the same model leaves them
 
 
 def test_scores_depend_on_seed_step_and_item_but_not_on_the_batch(world: World) -> None:

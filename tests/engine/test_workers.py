@@ -81,14 +81,14 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def test_items_are_shared_by_tokens(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longest first, each to the worker with the fewest tokens: every item once, loads within one tree's length."""
     rows = np.arange(5, 24)
-    for share in (False, True):
+    for packed in (False, True):
         monkeypatch.setattr(step, "rank_and_world", lambda: (0, 3))
-        shards = step.shards(world.tokens, rows, share=share)
+        shards = step.shards(world.tokens, rows, packed=packed)
         assert sorted(np.concatenate(shards)) == rows.tolist()
-        trees = [trees_of(world.tokens, shard, share=share) for shard in shards]
+        trees = [trees_of(world.tokens, shard, share=packed) for shard in shards]
         loads = [sum(tree_tokens(world.tokens, tree) for tree in group) for group in trees]
         longest = max(tree_tokens(world.tokens, tree) for group in trees for tree in group)
         assert max(loads) - min(loads) <= longest
-        if share:  # items of one instruction stay together
+        if packed:  # items of one instruction stay together
             prompts = [set(world.tokens.prompt_groups[shard].tolist()) for shard in shards]
             assert sum(len(group) for group in prompts) == len(set.union(*prompts))

@@ -74,7 +74,7 @@ class Cluster:
         import torch
 
         scorer = make_scorer(load_model(model, dtype=dtype, load_in_4bit=four_bit))
-        for members in micro_batches(tokens, missing, 8192):
+        for members in micro_batches(tokens, missing, 8192, packed=True):
             with torch.no_grad():
                 yield members, score_items(scorer, tokens, members).numpy()
 
