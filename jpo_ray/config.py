@@ -64,6 +64,9 @@ class JointPairs(Section):
     strategy: Literal["random", "similar", "proxy"] = "random"
     budget: Count | None = None  # comparisons; default as many as D_S has items, as in the paper
     validation_budget: Count | None = None  # the same for the validation split
+    # Compare only within random groups of about so many items: comparisons then share items, and batches of them cost
+    # far fewer forward passes (with 32 and a budget of 4 per item, a quarter of an item per comparison).
+    group_size: Annotated[int, Field(ge=2)] | None = None
     min_similarity: Cosine = -1.0  # cosine band of the two instructions
     max_similarity: Cosine = 1.0
 

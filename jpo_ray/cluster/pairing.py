@@ -101,7 +101,7 @@ def joint_pairs(
         found = _all_candidates(ray, shared, len(rows.keys), len(columns.keys), strategy, band, per_row, seed, advance)
         available = found.in_band // 2 if symmetric else found.in_band
         if available < budget:
-            raise too_few(budget, available, band, budget_key)
+            raise too_few(budget, available, band, budget_key, grouped=rows.groups is not None)
         chosen = select(found, budget, symmetric=symmetric)
         if chosen is not None:
             return pa.table({name: getattr(found, name)[chosen] for name in ("row", "column", "similarity")})

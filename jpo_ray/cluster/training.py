@@ -5,9 +5,11 @@ the newest valid one; so does a worker group that Ray Train restarts. The folder
 """
 
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,8 @@ def run_training(
     shower = threading.Thread(target=_show, args=(ray, board, show, stop), daemon=True)
     shower.start()
     try:
-        trainer.fit()
+        with _own_interrupt():
+            trainer.fit()
     except SystemExit as exit:  # Ray Train's own handling of Ctrl-C
         raise KeyboardInterrupt from exit
     finally:
@@ -92,6 +95,19 @@ def run_training(
     if input_error:
         raise InputError(input_error)
     return result
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Ray Train installs a handler for Ctrl-C and leaves it: a later stage could then not be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _show(ray: Any, board: Any, show: Callable[..., None], stop: threading.Event) -> None:

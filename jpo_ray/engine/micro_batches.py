@@ -110,8 +110,8 @@ class Laid:
     each_once: bool
 
 
-def lay_out(tokens: TokenizedItems, rows: Ints, *, packed: bool) -> Laid:
-    """Lay out `rows`, in the order in which their scores are wanted."""
+def lay_out(tokens: TokenizedItems, rows: Ints, *, packed: bool, instruction: bool = True) -> Laid:
+    """Lay out `rows`, in the order in which their scores are wanted; of responses only, where not `instruction`."""
     trees = trees_of(tokens, rows, share=packed)
     sizes = [tree_tokens(tokens, tree) for tree in trees]
     shape = (1, sum(sizes)) if packed else (len(trees), max(sizes))
@@ -124,28 +124,28 @@ def lay_out(tokens: TokenizedItems, rows: Ints, *, packed: bool) -> Laid:
     pieces_of: list[Ints] = []
     items: list[tuple[Ints, int]] = []  # the tokens of each item in the row, and how many of them another one put back
 
-    def add(part: Ints, at: int, first_position: int, predicted_by: int | None, name: int) -> int:
-        """One piece at flat index `at`; its first token is predicted by the token `predicted_by` (None: by none)."""
+    def add(part: Ints, at: int, first_position: int, predicted_by: Ints, name: int) -> int:
+        """One piece at flat index `at`, whose last tokens are predicted by the tokens `predicted_by`."""
         span = slice(at, at + len(part))
         ids[span], key[span] = part, name
         position[span] = np.arange(first_position, first_position + len(part))
-        inside = np.arange(at, at + len(part) - 1, dtype=np.int64)
-        sources.append(inside if predicted_by is None else np.concatenate([[predicted_by], inside]))
-        targets.append(part[len(part) - len(sources[-1]) :])
-        pieces_of.append(np.full(len(sources[-1]), len(pieces_of), dtype=np.int64))
+        sources.append(predicted_by)
+        targets.append(part[len(part) - len(predicted_by) :])
+        pieces_of.append(np.full(len(predicted_by), len(pieces_of), dtype=np.int64))
         return len(pieces_of) - 1
 
     for tree, start in zip(trees, starts.tolist(), strict=True):
         prompt_length = int(tokens.prompt_lengths[tree[0]])
         prompt = tokens.item(int(tree[0]))[:prompt_length].astype(np.int64)
-        instruction = add(prompt, start, 0, None, -1 - int(tokens.prompt_groups[tree[0]]))
         shared = np.arange(start, start + prompt_length, dtype=np.int64)
+        predicting = shared[:-1] if instruction else shared[:0]  # nothing predicts the first token
+        first = add(prompt, start, 0, predicting, -1 - int(tokens.prompt_groups[tree[0]]))
         at = start + prompt_length
         for row in tree.tolist():
             response = tokens.item(row)[prompt_length:].astype(np.int64)
-            instruction_M[place_of[row]] = instruction
-            response_M[place_of[row]] = add(response, at, prompt_length, start + prompt_length - 1, row)
             own = np.arange(at, at + len(response), dtype=np.int64)
+            instruction_M[place_of[row]] = first
+            response_M[place_of[row]] = add(response, at, prompt_length, np.r_[shared[-1], own[:-1]], row)
             items.append((np.concatenate([shared, own]), 0 if row == tree[0] else prompt_length))
             at += len(response)
     token_N, cell_T, buckets = _cells(items, shape[1]) if packed else (ids[:0], ids[:0], [])

@@ -114,14 +114,20 @@ def _packs(scorer: Scorer, ids: Tensor) -> bool:
 
 
 def score_items(
-    scorer: Scorer, tokens: TokenizedItems, rows: Sequence[int] | npt.NDArray[Any], step: int = 0
+    scorer: Scorer,
+    tokens: TokenizedItems,
+    rows: Sequence[int] | npt.NDArray[Any],
+    step: int = 0,
+    *,
+    instruction: bool = True,
 ) -> Tensor:
     """Log-probs of the instruction and the response part of items `rows` (distinct): float64[M, 2], in nats.
 
-    With gradients where torch's grad mode is on: then `scorer.state` stays set for layers that run again in backward,
-    and whoever uses the model otherwise clears it first. `step` keys the dropout masks.
+    Where not `instruction`, its tokens are not scored and its part is zero. `step` keys the dropout masks. With
+    gradients where torch's grad mode is on: then `scorer.state` stays set for layers that run again in backward, and
+    whoever uses the model otherwise clears it first.
     """
-    laid = lay_out(tokens, np.asarray(rows, dtype=np.int64), packed=scorer.packed)
+    laid = lay_out(tokens, np.asarray(rows, dtype=np.int64), packed=scorer.packed, instruction=instruction)
     key_BL, position_BL = _tensor(laid.key_BL, scorer), _tensor(laid.position_BL, scorer)
     scorer.state.tokens_BL = token_keys(scorer.dropout_seed, step, key_BL, position_BL)
     scorer.state.cells = None

@@ -79,11 +79,13 @@ def passes(scorer: Scorer, tokens: TokenizedItems, rows: Rows, max_tokens: int, 
 
 
 @torch.no_grad()
-def score_all(scorer: Scorer, tokens: TokenizedItems, rows: Rows, *, max_tokens: int, step: int = 0) -> Tensor:
+def score_all(
+    scorer: Scorer, tokens: TokenizedItems, rows: Rows, *, max_tokens: int, step: int = 0, instruction: bool = True
+) -> Tensor:
     """Scores of all `rows` without gradients, shared among the workers: float64[N, 2] on every rank."""
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
     for one in passes(scorer, tokens, rows, max_tokens) if len(rows) else []:
-        scored = score_items(scorer, tokens, one.rows, step)
+        scored = score_items(scorer, tokens, one.rows, step, instruction=instruction)
         if not one.idle:
             table[_places(rows, one.rows)] = scored
     release(scorer.model)
@@ -100,10 +102,12 @@ def accumulate_gradients(
     keep_tokens: int = UNLIMITED,
     at_least: int = 1,
     step: int = 0,
+    instruction: bool = True,
 ) -> Tensor:
     """Add the gradient of `loss(scores)` to the parameters' `.grad`, the same on every rank; returns the scores.
 
     `rows` int64[N] are distinct; `loss` maps their scores float64[N, 2] (instruction part, response part) to a scalar.
+    Where not `instruction`, the first is zero.
     The first micro-batches keep their graphs, `keep_tokens` tokens in all (one phase). The rest is scored without
     gradients, and once more when the weights dL/ds are known (two phases): the same result, bounded memory, a forward
     pass more.
@@ -115,7 +119,7 @@ def accumulate_gradients(
     for one in mine:
         room -= one.tokens
         with torch.set_grad_enabled(room >= 0):
-            scored = score_items(scorer, tokens, one.rows, step)
+            scored = score_items(scorer, tokens, one.rows, step, instruction=instruction)
         if room >= 0:
             kept.append((scored, scorer.state.snapshot()))
         if not one.idle:
@@ -129,7 +133,7 @@ def accumulate_gradients(
             scored, snapshot = kept.pop(0)
             scorer.state.restore(snapshot)  # checkpointed layers run again
         else:
-            scored = score_items(scorer, tokens, one.rows, step)
+            scored = score_items(scorer, tokens, one.rows, step, instruction=instruction)
         upstream = torch.zeros_like(scored) if one.idle else weights[_places(rows, one.rows)]
         torch.autograd.backward(scored, upstream)
     scorer.state.clear()

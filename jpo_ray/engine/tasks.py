@@ -56,7 +56,13 @@ def preference_task(
         if not len(data.validation):
             return {}
         rows = batch_rows(data, data.validation, config)
-        scores = score_all(scorer, data.tokens, rows, max_tokens=config.max_micro_batch_tokens)
+        scores = score_all(
+            scorer,
+            data.tokens,
+            rows,
+            max_tokens=config.max_micro_batch_tokens,
+            instruction=_uses_instruction(config),
+        )
         outcome = _loss(data, data.validation, rows, config)(scores)
         metrics = preference_metrics(outcome, scores, data.validation, rows)
         return {f"eval_{name}": value for name, value in metrics.items()}
@@ -97,7 +103,9 @@ def _preference_gradients(
     every = batch_rows(data, batch, config)
     rows = every[every < data.items]
     mismatched = every[len(rows) :]
-    scores_K = score_all(scorer, data.tokens, mismatched, max_tokens=config.max_micro_batch_tokens, step=step)
+    scores_K = score_all(
+        scorer, data.tokens, mismatched, max_tokens=config.max_micro_batch_tokens, step=step, instruction=False
+    )
     evaluate = _loss(data, batch, every, config)
     weights = torch.from_numpy(batch.weight).to(scorer.device)
 
@@ -114,8 +122,14 @@ def _preference_gradients(
         keep_tokens=keep_tokens,
         at_least=config.gradient_accumulation_steps,
         step=step,
+        instruction=_uses_instruction(config),
     )
     return evaluate(torch.cat([scores, scores_K])), scores, rows
+
+
+def _uses_instruction(config: TrainConfig) -> bool:
+    """DPO and KTO see responses given their instruction; the instruction's own log-prob is then not computed."""
+    return config.objective == "jpo"
 
 
 def _loss(data: PreferenceData, edges: EdgeList, rows: Rows, config: TrainConfig) -> Callable[[Tensor], Outcome]:
@@ -205,6 +219,7 @@ def sft_task(
             keep_tokens=keep_tokens,
             at_least=config.gradient_accumulation_steps,
             step=step,
+            instruction=False,
         )
         elapsed = max(time.monotonic() - started, 1e-9)
         metrics = {"loss": float(sft(_items(scores), response_tokens)), "tokens": int(tokens.lengths[rows].sum())}
@@ -213,7 +228,7 @@ def sft_task(
     def evaluate() -> Metrics:
         if not len(validation):
             return {}
-        scores = score_all(scorer, tokens, validation, max_tokens=config.max_micro_batch_tokens)
+        scores = score_all(scorer, tokens, validation, max_tokens=config.max_micro_batch_tokens, instruction=False)
         return {"eval_loss": float(sft(_items(scores), int(tokens.response_tokens[validation].sum())))}
 
     return Task(gradients, evaluate, schedule.steps_per_epoch, schedule.total_steps)

@@ -22,6 +22,7 @@ class Side:
 
     keys: Keys  # uint64[R], from the item ids
     instructions: npt.NDArray[np.int64]  # int64[R]: which instruction; its vector's row
+    groups: npt.NDArray[np.int64] | None = None  # int64[R]: only items of one group are compared, where given
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def block_candidates(
     similarity = np.clip(similarity, -1, 1)
     allowed = (similarity >= band[0]) & (similarity <= band[1])
     allowed &= rows.instructions[block][:, None] != columns.instructions[None, :]
+    if rows.groups is not None and columns.groups is not None:
+        allowed &= rows.groups[block][:, None] == columns.groups[None, :]
     priority = PRIORITIES[strategy](rows.keys[block], columns.keys, similarity, seed)
     priority[~allowed] = np.inf
     keep = min(per_row, priority.shape[1])
@@ -92,6 +95,13 @@ def block_candidates(
         priority=values[found],
         in_band=int(allowed.sum()),
     )
+
+
+def random_groups(keys: Keys, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """Spread items evenly over `count` groups at random, by their keys: int64[R]."""
+    groups = np.empty(len(keys), dtype=np.int64)
+    groups[np.argsort(_mix(keys + _mix(np.array([seed], dtype=np.uint64))))] = np.arange(len(keys)) * count // len(keys)
+    return groups
 
 
 def _mix(x: Keys) -> Keys:

