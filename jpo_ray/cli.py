@@ -5,6 +5,7 @@ Heavy packages are imported by the command that needs them, so that `jpo --help`
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -69,6 +70,10 @@ def run_command(arguments: argparse.Namespace) -> None:
 
     path = _demo_config() if arguments.command == "demo" else arguments.config
     config = load_config(path, arguments.overrides)
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(arguments.run_dir)):
+        raise InputError(
+            f"--run-dir {arguments.run_dir}: object stores are not supported yet; name a folder that all nodes see"
+        )
     from jpo_ray.pipeline import STAGES, run_stages
 
     stages = list(STAGES) if arguments.command in ("run", "demo") else [arguments.command]

@@ -20,6 +20,20 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_switches(cls, values: Any) -> Any:
+        """Pydantic would take `true` for 1 and 1 for `true`; text for numbers stays, since YAML reads 5e-5 as text."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            is_switch = field is not None and field.annotation is bool
+            for one in value if isinstance(value, list) else [value]:
+                if field is not None and isinstance(one, bool) != is_switch and isinstance(one, bool | int | float):
+                    wanted = "true or false" if is_switch else "no true or false"
+                    if isinstance(one, bool) or is_switch:
+                        raise ValueError(f"{name} takes {wanted}, got {str(one).lower()}")
+        return values
+
 
 class Source(Section):
     """Where rows come from."""

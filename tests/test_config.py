@@ -151,6 +151,10 @@ def test_an_unknown_key_names_the_nearest(key: str, message: str) -> None:
     ("key", "value", "message"),
     [
         ("seed", "many", "`seed`: Input should be a valid integer, unable to parse string as an integer, got 'many'"),
+        ("seed", True, "`config`: seed takes no true or false, got true"),
+        ("train.0.lora_r", False, "`train.0`: lora_r takes no true or false, got false"),
+        ("model.load_in_4bit", 1, "`model`: load_in_4bit takes true or false, got 1"),
+        ("sample.temperatures", [0.5, True], "`sample`: temperatures takes no true or false, got true"),
         ("seed", -1, "`seed`: Input should be greater than or equal to 0, got -1"),
         ("train.0.beta", 0, "`train.0.beta`: Input should be greater than 0, got 0"),
         ("train.0.learning_rate", float("inf"), "`train.0.learning_rate`: Input should be a finite number, got inf"),

@@ -79,7 +79,10 @@ def build_items(rows: Mapping[str, Sequence[SourceRows]], seed: int) -> ItemTabl
     - `identical_labels`: labels dropped because they compare an item with itself
     - `repeated_labels`: labels given again; `contradictory`: pairs dropped because their labels disagree
     """
-    counts: Counter[str] = Counter({"skipped": sum(_skipped(source) for split in rows.values() for source in split)})
+    counts: Counter[str] = Counter({"skipped": 0})
+    for source in (source for split in rows.values() for source in split):
+        counts["skipped"] += sum(source.skipped.values())
+        counts.update({f"skipped: {reason}": number for reason, number in source.skipped.items()})
     placed = list(_distinct_rows(rows, counts))
     found = _collect(placed, _homes(placed, counts), counts)
     labels = _settle(found.labels, counts)
@@ -87,10 +90,6 @@ def build_items(rows: Mapping[str, Sequence[SourceRows]], seed: int) -> ItemTabl
     gold = _choose_gold(found, labels)
     _count(found, labels, sft, gold, counts)
     return ItemTables(_items_table(found, sft, gold), _labels_table(labels), dict(counts))
-
-
-def _skipped(source: SourceRows) -> int:
-    return sum(source.skipped.values())
 
 
 def _distinct_rows(rows: Mapping[str, Sequence[SourceRows]], counts: Counter[str]) -> Iterator[_Placed]:

@@ -17,19 +17,29 @@ import numpy.typing as npt
 from jpo_ray.data.tokens import TokenizedItems
 
 Ints = npt.NDArray[np.int64]
+NO_LIMIT = 2**62
 PASS_COST = 40  # what a micro-batch costs beside its tokens, in tokens of the same time
 PLANNED_AT_ONCE = 128  # trees among which the best cuts are searched
 BUCKET_FILL = 0.75  # attention pads items to one another down to this share of the longest
 
 
-def trees_of(tokens: TokenizedItems, rows: Ints, *, share: bool) -> list[Ints]:
-    """Group `rows` by instruction part where `share`; one item each otherwise."""
+def trees_of(
+    tokens: TokenizedItems, rows: Ints, *, share: bool, max_tokens: int = NO_LIMIT, max_items: int = NO_LIMIT
+) -> list[Ints]:
+    """Group `rows` by instruction part where `share`, within limits per tree; one item each otherwise."""
     if not share:
         return list(rows[:, None])
-    of_prompt: dict[int, list[int]] = {}
+    of_prompt: dict[int, list[list[int]]] = {}
+    room: dict[int, int] = {}  # of each prompt's last tree, in tokens
     for row, prompt in zip(rows.tolist(), tokens.prompt_groups[rows].tolist(), strict=True):
-        of_prompt.setdefault(prompt, []).append(row)
-    return [np.array(tree, dtype=np.int64) for tree in of_prompt.values()]
+        trees = of_prompt.setdefault(prompt, [])
+        response = int(tokens.response_tokens[row])
+        if not trees or len(trees[-1]) == max_items or room[prompt] < response:
+            trees.append([])
+            room[prompt] = max_tokens - int(tokens.prompt_lengths[row])
+        trees[-1].append(row)
+        room[prompt] -= response
+    return [np.array(tree, dtype=np.int64) for trees in of_prompt.values() for tree in trees]
 
 
 def tree_tokens(tokens: TokenizedItems, tree: Ints) -> int:
@@ -41,26 +51,29 @@ def micro_batches(
 ) -> list[Ints]:
     """Split `rows` into batches that take at most `max_tokens`, padding included where they are not `packed`.
 
-    A single tree longer than that has a batch of its own. The split depends on the rows alone, not on their order.
+    A single item longer than that has a batch of its own; responses to one instruction that together are longer repeat
+    it. The split depends on the rows alone, not on their order.
     """
-    trees = trees_of(tokens, np.sort(rows), share=packed)
+    most = max(1, len(rows) // at_least)
+    trees = trees_of(tokens, np.sort(rows), share=packed, max_tokens=max_tokens, max_items=most)
     sizes = np.array([tree_tokens(tokens, tree) for tree in trees], dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")  # longest first: memory peaks at once, or not at all
-    most = max(1, len(trees) // at_least)
-    parts = _filled(order, sizes, max_tokens, most) if packed else _cuts(order, sizes, max_tokens, most)
+    counts = [len(tree) for tree in trees]
+    parts = _filled(order, sizes, counts, max_tokens, most) if packed else _cuts(order, sizes, max_tokens, most)
     return [np.concatenate([trees[place] for place in part]) for part in parts]
 
 
-def _filled(order: Ints, sizes: Ints, max_tokens: int, most: int) -> list[list[int]]:
+def _filled(order: Ints, sizes: Ints, counts: list[int], max_tokens: int, most: int) -> list[list[int]]:
     """Cut places in descending size into full batches; neighbours are alike, which attention pads to one another."""
     parts: list[list[int]] = []
-    room = 0
+    room, items = 0, 0
     for place in order.tolist():
-        if not parts or len(parts[-1]) == most or room < sizes[place]:
+        if not parts or items + counts[place] > most or room < sizes[place]:
             parts.append([])
-            room = max_tokens
+            room, items = max_tokens, 0
         parts[-1].append(place)
         room -= int(sizes[place])
+        items += counts[place]
     return parts
 
 

@@ -28,12 +28,28 @@ def resolve_model(name_or_path: str) -> Path:
         folder = _download(name_or_path)
     if not (folder / "config.json").exists():
         raise InputError(f"model.model_name_or_path: {folder}: holds no config.json; name the folder of a model")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"model.model_name_or_path: {folder}: no safetensors weights; pickled weights are not loaded, convert them "
-            "(`model.save_pretrained(folder, safe_serialization=True)` where you trust them)"
-        )
+    _check_weights(folder)
     return folder
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise `InputError` unless the folder holds a whole model as safetensors (their headers are read)."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    for name in sorted(names):
+        if not (folder / name).exists():
+            raise InputError(
+                f"model.model_name_or_path: {folder}: no {name}; pickled weights are not loaded, convert them "
+                "(`model.save_pretrained(folder, safe_serialization=True)` where you trust them), and an adapter "
+                "alone is not a model"
+            )
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"model.model_name_or_path: {folder / name}: cannot be read ({error})") from error
 
 
 def _download(repo_id: str) -> Path:
@@ -51,7 +67,11 @@ def _download(repo_id: str) -> Path:
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"{folder}: holds no tokenizer that can be loaded ({reason})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no EOS token; a response could never end")
     return tokenizer

@@ -31,9 +31,12 @@ TOLERANCE_PER_TOKEN = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def cache_folder() -> Path:
-    """`JPO_CACHE`, or `jpo-ray` in the user's cache folder."""
+    """`JPO_CACHE`, or `jpo-ray` in the user's cache folder. Raises `InputError` for an object store's address."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("JPO_CACHE") or f"{home}/jpo-ray").expanduser()
+    folder = os.environ.get("JPO_CACHE") or f"{home}/jpo-ray"
+    if "://" in folder:
+        raise InputError(f"JPO_CACHE={folder}: object stores are not supported yet; name a folder that all nodes see")
+    return Path(folder).expanduser()
 
 
 def reference_key(*, weights: str, tokenizer: str, layout: Layout, dtype: str, load_in_4bit: bool) -> dict[str, Any]:

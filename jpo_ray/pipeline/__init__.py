@@ -42,9 +42,10 @@ def run_stages(config: RunConfig, run_dir: Path, stages: Sequence[str], console:
 def _check_early(context: Context, stages: Sequence[str]) -> None:
     """Raise for a model or an engine that is not there, which would else be found after hours of other stages."""
     from jpo_ray.cluster.sampling import choose_engine
+    from jpo_ray.engine.model import load_tokenizer
 
     if "sft" in stages and context.config.model.model_name_or_path != model_stages.TINY:
-        model_stages.base_model(context)
+        load_tokenizer(model_stages.base_model(context)[0])
     sample, evaluate, items = context.config.sample, context.config.evaluate, context.config.items
     if "sample" in stages and sample is not None:
         choose_engine(sample.engine)

@@ -244,7 +244,18 @@ def judge_specs(context: Context) -> list[Spec]:
         records.write_table(out / "judgments.parquet", rows, records.JUDGMENTS)
         decisive = preferences(pairs, rows)
         records.write_table(out / "preferences.parquet", decisive, records.PREFERENCES)
-        return judgment_counts(rows) | {"preferences": len(decisive)}
+        counts = judgment_counts(rows) | {"preferences": len(decisive)}
+        joint = {
+            pair
+            for pair, kind in zip(pairs["pair_id"].to_pylist(), pairs["protocol"].to_pylist(), strict=True)
+            if kind == "joint"
+        }
+        if joint and all(row["verdict"] == "invalid" for row in rows if row["pair_id"] in joint):
+            counts["warning"] = (
+                "no joint pair has a verdict, so nothing is learned across instructions; with labels alone set "
+                "pairs.joint.strategy=proxy, or pairs.joint=null"
+            )
+        return counts
 
     slice_ = {"judge": context.config.judge.model_dump(), "seed": context.config.seed}  # the strategy is in the pairs
     return [Spec("judge", "judge", inputs, slice_, make)]

@@ -24,12 +24,16 @@ def base_specs(context: Context) -> list[Spec]:
     def make(out: Path) -> dict[str, Any]:
         from jpo_ray.sandbox.model import make_tiny_model
 
-        table = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
-        texts = dict.fromkeys([*table["instruction"].to_pylist(), *table["response"].to_pylist()])
+        texts = _texts(records.read_table(context.path("items") / "items.parquet", records.ITEMS))
         make_tiny_model(texts, out, seed=context.config.seed)
         return {"texts": len(texts)}
 
     return [Spec("base", "sft", {"items": items}, {"seed": context.config.seed}, make)]
+
+
+def _texts(items: Any) -> list[str]:
+    """The distinct texts of the items, from which a tiny model's tokenizer is made."""
+    return list(dict.fromkeys([*items["instruction"].to_pylist(), *items["response"].to_pylist()]))
 
 
 def base_model(context: Context) -> tuple[Path, str]:
@@ -53,11 +57,13 @@ def check_instructions_fit(context: Context) -> None:
     """Raise `InputError` for an instruction longer than `max_length` now, before pairs and judging are paid for."""
     from jpo_ray.engine.jobs import layout_of
     from jpo_ray.engine.model import load_tokenizer
+    from jpo_ray.sandbox.model import TINY_VOCABULARY, make_tokenizer
 
-    if context.config.model.model_name_or_path == TINY:  # its tokenizer is made by the `sft` stage
-        return
     items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
-    tokenizer = load_tokenizer(base_model(context)[0])
+    if context.config.model.model_name_or_path == TINY:  # as the `sft` stage will make it
+        tokenizer = make_tokenizer(_texts(items), TINY_VOCABULARY)
+    else:
+        tokenizer = load_tokenizer(base_model(context)[0])
     check_lengths(tokenizer, layout_of(context.config.model), items["instruction"].to_pylist())
 
 

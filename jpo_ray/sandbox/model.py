@@ -113,11 +113,14 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_
         shutil.rmtree(aside, ignore_errors=True)
 
 
+TINY_VOCABULARY = 1280
+
+
 def make_tiny_model(
     texts: Iterable[str],
     out_dir: Path,
     *,
-    vocab_size: int = 1280,
+    vocab_size: int = TINY_VOCABULARY,
     hidden_size: int = 128,
     intermediate_size: int = 384,
     layers: int = 4,

@@ -139,15 +139,15 @@ def test_packed_micro_batches_count_tokens_and_padded_ones_their_longest_row() -
 def test_micro_batches_hold_every_item_once_within_the_limit(
     lengths: list[int], max_tokens: int, at_least: int, packed: bool
 ) -> None:
-    tokens = items_of([1] * len(lengths), [length - 1 for length in lengths])
-    tokens.__dict__["prompt_groups"] = np.arange(len(lengths))  # one instruction each
+    tokens = items_of([1 + place % 4 for place in range(len(lengths))], [length - 1 for length in lengths])
     rows = np.random.default_rng(0).permutation(len(lengths))
     batches = micro_batches(tokens, rows, max_tokens, at_least, packed=packed)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     assert len(batches) >= min(at_least, len(lengths))
     for batch in batches:
-        sizes = tokens.lengths[batch]
-        assert len(batch) == 1 or (sizes.sum() if packed else sizes.max() * len(batch)) <= max_tokens
+        trees = sum(tree_tokens(tokens, tree) for tree in trees_of(tokens, batch, share=True))
+        assert len(batch) == 1 or (trees if packed else tokens.lengths[batch].max() * len(batch)) <= max_tokens
+        assert len(batch) <= max(1, len(lengths) // at_least)
 
 
 def test_cells_hold_each_item_and_give_each_token_one_result(world: World) -> None:

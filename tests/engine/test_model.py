@@ -33,6 +33,27 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_an_adapter_alone_and_broken_weights_are_no_model(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"model.safetensors: cannot be read"):
+        resolve_model(str(copy))
+    weights.rename(copy / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"no model.safetensors; .* an adapter alone is not a model"):
+        resolve_model(str(copy))
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(InputError, match=r"no model-00001-of-00002.safetensors"):
+        resolve_model(str(copy))
+
+
+def test_a_model_without_a_tokenizer_is_refused_in_one_line(copy: Path) -> None:
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"holds no tokenizer that can be loaded") as caught:
+        load_tokenizer(copy)
+    assert "\n" not in str(caught.value)
+
+
 def test_hash_is_of_the_weights_not_the_place(llama: Path, copy: Path, tmp_path: Path) -> None:
     assert weights_hash(copy) == weights_hash(llama)
     assert weights_hash(make_llama(tmp_path / "seed1", seed=1)) != weights_hash(llama)
@@ -117,7 +138,7 @@ def test_models_that_cannot_be_had_are_refused_by_name(llama: Path, copy: Path, 
         with pytest.raises(InputError, match=f"^model.model_name_or_path: .*{reason}"):
             resolve_model(name)
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(InputError, match="no safetensors weights; pickled weights are not loaded, convert them"):
+    with pytest.raises(InputError, match=r"no model.safetensors; pickled weights are not loaded, convert them"):
         resolve_model(str(copy))
 
 

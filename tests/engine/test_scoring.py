@@ -52,18 +52,22 @@ def worst_per_token(a: torch.Tensor, b: torch.Tensor, tokens: TokenizedItems) ->
     return float(((a - b).abs().sum(1) / torch.from_numpy(tokens.lengths)).max())
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_logprobs_are_those_of_plain_transformers(kind: str, world: World, request: pytest.FixtureRequest) -> None:
-    """Alone, all padded together and in length buckets; the whole is the sum of the parts by construction."""
+def test_logprobs_are_those_of_plain_transformers(
+    kind: str, packed: bool, world: World, request: pytest.FixtureRequest
+) -> None:
+    """Alone, all together and in micro-batches; the whole is the sum of the parts by construction."""
     folder, tokens = request.getfixturevalue(kind), world.tokens
     expected = all_plain(folder, tokens)
-    scorer = plain_scorer(folder)
+    scorer = plain_scorer(folder, packed=packed)
+    assert scorer.packed == packed
     every = np.arange(len(tokens))
     with torch.no_grad():
         single = torch.cat([score_items(scorer, tokens, [row]) for row in every])
         padded = score_items(scorer, tokens, every)
     bucketed = score_all(scorer, tokens, every, max_tokens=150)
-    assert len(micro_batches(tokens, every, 150)) > 8
+    assert len(scorer.micro_batches(tokens, every, 150)) > (3 if packed else 8)
     for scores in (single, padded, bucketed):
         assert worst_per_token(scores, expected, tokens) < PER_TOKEN
 

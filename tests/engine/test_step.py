@@ -21,7 +21,7 @@ SAME = 2e-5  # relative norm of the difference of two float32 gradients that sum
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])
 def test_jpo_within_instructions_is_dpo(dropout: float, use_peft: bool, world: World) -> None:
-    """The same items and edges, loss and all parameter gradients, with and without dropout; DPO does not score instructions."""
+    """Loss and all parameter gradients, with and without dropout; DPO does not score the instructions."""
     data = only_conditional(world.data)
     jpo_config = config(protocols=["conditional"], lora_dropout=dropout, use_peft=use_peft)
     dpo_config = config(objective="dpo", lora_dropout=dropout, use_peft=use_peft)

@@ -128,8 +128,8 @@ def config(**options: Any) -> TrainConfig:
     return TrainConfig(**(defaults | options))
 
 
-def plain_scorer(model: Path) -> Scorer:
-    return make_scorer(load_model(model, dtype="float32"))
+def plain_scorer(model: Path, *, packed: bool = True) -> Scorer:
+    return make_scorer(load_model(model, dtype="float32"), packed=packed)
 
 
 def policy_scorer(model: Path, train: TrainConfig, *, moved: bool = True) -> Scorer:

@@ -55,7 +55,7 @@ def test_weights_that_are_a_pickle_are_found_before_any_stage(jpo: Any, tmp_path
     shutil.copy(BASE_MODEL / "config.json", folder)
     torch.save({}, folder / "pytorch_model.bin")
     error, calls = jpo("run", f"model.model_name_or_path={folder}", "seed=5")
-    assert f"model.model_name_or_path: {folder}: no safetensors weights; pickled weights are not loaded" in error
+    assert f"model.model_name_or_path: {folder}: no model.safetensors; pickled weights are not loaded" in error
     assert calls == []
 
 

@@ -8,6 +8,7 @@ import pytest
 from jpo_ray import records
 from jpo_ray.errors import InputError
 from jpo_ray.pipeline.context import StaleArtifact
+from jpo_ray.runs import read_json
 from pipeline.inline import Cluster, run, small_config
 
 COUNT = 8
@@ -44,6 +45,24 @@ def test_joint_labels_become_preferences(joint_file: Path, tmp_path: Path, clust
     )
     assert {row["protocol"] for row in found} == {"joint"}
     assert cluster.calls == ["embed", "pair"]
+
+
+def test_joint_pairs_that_no_label_decides_are_warned_about(tmp_path: Path, cluster: Cluster) -> None:
+    rows = [
+        {"instruction": f"Say {n}.", "response_0": f"It is {n}.", "response_1": f"No {n}.", "feedback": 0}
+        for n in range(COUNT)
+    ]
+    path = tmp_path / "conditional.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for strategy, warned in (("random", True), ("proxy", False)):
+        config = small_config(
+            items={"train": [{"path": str(path)}]}, pairs={"joint": {"strategy": strategy}},
+            judge={"annotator": "labels"}, sample=None, evaluate=None,
+        )  # fmt: skip
+        run(config, tmp_path / strategy, ["items", "pairs", "judge"])
+        counts = read_json(tmp_path / strategy / "judge" / "manifest.json")["counts"]
+        assert ("no joint pair has a verdict" in counts.get("warning", "")) == warned
+    assert cluster.calls == ["embed", "pair"] * 2
 
 
 def test_labels_cannot_judge_samples(joint_file: Path, tmp_path: Path, cluster: Cluster) -> None:
