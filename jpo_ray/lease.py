@@ -4,11 +4,11 @@ The holder touches its file every few seconds. A lease whose process is gone, or
 over; a holder that wakes up late (a suspended machine) finds that out and stops.
 """
 
-import _thread
 import fcntl
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -21,6 +21,7 @@ from jpo_ray.errors import InputError
 
 LEASE_EXPIRES_S = 60.0
 HEARTBEAT_S = 5.0
+INTERRUPT = signal.SIGUSR1  # to the main thread; a run in the background may ignore Ctrl-C's signal
 
 
 @contextmanager
@@ -33,6 +34,8 @@ def hold_lease(path: Path) -> Iterator[None]:
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
     _acquire(path, owner)
     stop, lost = threading.Event(), threading.Event()
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(INTERRUPT, _interrupt) if in_main else None
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_S):
@@ -41,7 +44,8 @@ def hold_lease(path: Path) -> Iterator[None]:
                     os.utime(path)
                     continue
             lost.set()
-            _thread.interrupt_main()
+            if in_main:
+                os.kill(os.getpid(), INTERRUPT)
             return
 
     thread = threading.Thread(target=beat, daemon=True, name="lease-heartbeat")
@@ -58,9 +62,15 @@ def hold_lease(path: Path) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+        if in_main:
+            signal.signal(INTERRUPT, handler)
         with _alone(path.parent):
             if _holder(path).get("token") == owner["token"]:
                 path.unlink(missing_ok=True)
+
+
+def _interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _acquire(path: Path, owner: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from jpo_ray.engine.jobs import train_preferences
 from jpo_ray.errors import InputError
 
 pytestmark = pytest.mark.ray
+BEFORE = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
 
 # Of the distance that training moved the weights. AdamW turns the rounding of gradients near zero into a share of a
 # step: two micro-batches instead of one, in one process, make 3e-4 with all parameters and 2e-6 with LoRA.
@@ -102,7 +103,7 @@ def test_two_workers_train_what_one_process_trains(
 def test_ctrl_c_is_handled_after_training_as_before_it(on_two: tuple[Path, dict[str, Any]]) -> None:
     """Ray Train leaves its own handler, which would swallow the interruption of a later stage."""
     assert on_two
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is BEFORE
 
 
 def test_four_bit_weights_with_another_reference_are_refused(artifacts: Artifacts, tmp_path: Path) -> None:
