@@ -59,7 +59,7 @@ def main() -> None:
             save_work(work, folder / f"{work.name}.npz")
         _save_models(arguments, folder)
         if not arguments.trl:
-            console.print("without TRL (`pip install -e '.[bench]'`): nothing is compared, and no loss is checked")
+            console.print("without TRL: nothing is compared, and no loss is checked")
         checks = _check(arguments, folder, run, console) if arguments.trl else []
         found = {job: _timed(job, run, console) for job in _jobs(arguments, folder)}
         checks += _compare_timed(found)

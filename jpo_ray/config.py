@@ -24,14 +24,14 @@ class Section(BaseModel):
     @classmethod
     def _numbers_are_no_switches(cls, values: Any) -> Any:
         """Pydantic would take `true` for 1 and 1 for `true`; text for numbers stays, since YAML reads 5e-5 as text."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            is_switch = field is not None and field.annotation is bool
-            for one in value if isinstance(value, list) else [value]:
-                if field is not None and isinstance(one, bool) != is_switch and isinstance(one, bool | int | float):
-                    wanted = "true or false" if is_switch else "no true or false"
-                    if isinstance(one, bool) or is_switch:
-                        raise ValueError(f"{name} takes {wanted}, got {str(one).lower()}")
+        given = values if isinstance(values, dict) else {}
+        for name in [name for name in given if name in cls.model_fields]:
+            is_switch = cls.model_fields[name].annotation is bool
+            for one in given[name] if isinstance(given[name], list) else [given[name]]:
+                if is_switch and isinstance(one, int | float) and not isinstance(one, bool):
+                    raise ValueError(f"{name} takes true or false, got {one}")
+                if not is_switch and isinstance(one, bool):
+                    raise ValueError(f"{name} takes no true or false, got {str(one).lower()}")
         return values
 
 

@@ -184,7 +184,7 @@ def batch_sequence(work: Work, updates: int) -> list[EdgeList]:
     found = [
         batch
         for epoch in epochs
-        for batch in batches.graph(work.edges.chosen, work.edges.rejected, work.per_update, SEED, epoch)
+        for batch in batches.graph(work.edges.chosen, work.edges.rejected, batches.Limits(work.per_update), SEED, epoch)
     ]
     return [work.edges.take(batch) for batch in found[:updates]]
 

@@ -107,7 +107,8 @@ def _own_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if before is not None:  # None: a handler that C code installed, which Python cannot put back
+            signal.signal(signal.SIGINT, before)
 
 
 def _show(ray: Any, board: Any, show: Callable[..., None], stop: threading.Event) -> None:

@@ -7,13 +7,22 @@ once per batch however many comparisons it is part of, so a batch costs its dist
 import heapq
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
-NO_LIMIT = 2**62
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a batch holds at most: comparisons, and tokens of its distinct items, where they are limited."""
+
+    comparisons: int
+    tokens: int | None = None
+    lengths: Ints | None = None  # of each item, in tokens; needed for the limit of tokens
 
 
 def shuffled(count: int, per_step: int, seed: int, epoch: int) -> list[Ints]:
@@ -22,28 +31,16 @@ def shuffled(count: int, per_step: int, seed: int, epoch: int) -> list[Ints]:
     return [order[start : start + per_step] for start in range(0, count, per_step)]
 
 
-def pairs(
-    first: Ints,
-    second: Ints,
-    per_step: int,
-    seed: int,
-    epoch: int,
-    lengths: Ints | None = None,
-    max_tokens: int = NO_LIMIT,
-) -> list[Ints]:
-    """Edges (first[i], second[i]) in random order, in batches of at most `per_step`.
-
-    A batch ends before its distinct items have more than `max_tokens` tokens (`lengths` gives each item's). int64[E]
-    in, the numbers of the edges out.
-    """
-    if lengths is None:
-        return shuffled(len(first), per_step, seed, epoch)
+def pairs(first: Ints, second: Ints, limits: Limits, seed: int, epoch: int) -> list[Ints]:
+    """Edges (first[i], second[i]) in random order: int64[E] in, the numbers of each batch's edges out."""
+    if limits.tokens is None or limits.lengths is None:
+        return shuffled(len(first), limits.comparisons, seed, epoch)
     batches: list[list[int]] = [[]]
     members: set[int] = set()
     for edge in np.random.default_rng([seed, epoch]).permutation(len(first)).tolist():
         ends = {int(first[edge]), int(second[edge])}
-        tokens = sum(int(lengths[item]) for item in members | ends)
-        if batches[-1] and (len(batches[-1]) == per_step or tokens > max_tokens):
+        tokens = sum(int(limits.lengths[item]) for item in members | ends)
+        if batches[-1] and (len(batches[-1]) == limits.comparisons or tokens > limits.tokens):
             batches.append([])
             members = set()
         batches[-1].append(edge)
@@ -51,15 +48,7 @@ def pairs(
     return [np.array(batch, dtype=np.int64) for batch in batches if batch]
 
 
-def graph(
-    first: Ints,
-    second: Ints,
-    per_step: int,
-    seed: int,
-    epoch: int,
-    lengths: Ints | None = None,
-    max_tokens: int = NO_LIMIT,
-) -> list[Ints]:
+def graph(first: Ints, second: Ints, limits: Limits, seed: int, epoch: int) -> list[Ints]:
     """Batches within the same limits as `pairs` makes them, but of edges that have few distinct items.
 
     A batch grows from a random edge: the outside item with most remaining edges into the batch joins it, ties at
@@ -68,7 +57,8 @@ def graph(
     rng = np.random.default_rng([seed, epoch, 0x6772])
     starts = rng.permutation(len(first)).tolist()
     rank = rng.random(int(max(first.max(initial=-1), second.max(initial=-1))) + 1).tolist()
-    cost = [0] * len(rank) if lengths is None else lengths[: len(rank)].tolist()
+    cost = [0] * len(rank) if limits.lengths is None else limits.lengths[: len(rank)].tolist()
+    most = math.inf if limits.tokens is None else limits.tokens
     edges_of = _incidence(first, second, rng)
     ends = list(zip(first.tolist(), second.tolist(), strict=True))
     taken = bytearray(len(ends))
@@ -84,7 +74,7 @@ def graph(
             joining = ends[starts[-1]][0]
             if joining in grown.members:
                 joining = ends[starts[-1]][1]
-        if grown.edges and grown.tokens + cost[joining] > max_tokens:
+        if grown.edges and grown.tokens + cost[joining] > most:
             batches.append(np.array(grown.edges, dtype=np.int64))
             grown = _Growing()
             continue
@@ -96,11 +86,11 @@ def graph(
             if other in grown.members:
                 taken[edge] = 1
                 grown.edges.append(edge)
-                if len(grown.edges) == per_step:
+                if len(grown.edges) == limits.comparisons:
                     break
             else:
                 grown.sees(other, rank[other])
-        if len(grown.edges) == per_step:
+        if len(grown.edges) == limits.comparisons:
             batches.append(np.array(grown.edges, dtype=np.int64))
             grown = _Growing()
     if grown.edges:

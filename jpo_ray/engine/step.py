@@ -55,27 +55,33 @@ def shards(tokens: TokenizedItems, rows: Rows, *, packed: bool) -> list[Rows]:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of this rank. `tokens` is the most that any rank computes in its pass of the same number."""
+    """One forward pass of a rank."""
 
     rows: Rows
-    tokens: int
-    idle: bool  # this rank has nothing left, but a sharded model runs on all ranks or none
+    places: Tensor  # int64: of `rows` among all rows of the batch; none where the rank is idle
+    tokens: int  # the most that any rank computes in its pass of the same number
 
 
-def passes(scorer: Scorer, tokens: TokenizedItems, rows: Rows, max_tokens: int, at_least: int = 1) -> list[Pass]:
-    """This rank's micro-batches of `rows`. Where the model is sharded, every rank has the same number of passes."""
-    rank = rank_and_world()[0]
-    of_rank = shards(tokens, rows, packed=scorer.packed)
-    if not is_sharded(scorer.model):
-        mine = scorer.micro_batches(tokens, of_rank[rank], max_tokens, at_least)
-        return [Pass(batch, int(tokens.lengths[batch].sum()), idle=False) for batch in mine]
-    plans = [scorer.micro_batches(tokens, shard, max_tokens, at_least) for shard in of_rank]
-    found = []
-    for number in range(max(len(plan) for plan in plans)):
-        largest = max(int(tokens.lengths[plan[number]].sum()) for plan in plans if number < len(plan))
-        idle = number >= len(plans[rank])
-        found.append(Pass(rows[:1] if idle else plans[rank][number], largest, idle))
-    return found
+def plan(scorer: Scorer, tokens: TokenizedItems, rows: Rows, max_tokens: int, at_least: int = 1) -> list[list[Pass]]:
+    """Each rank's micro-batches of `rows`, equally many for all of them.
+
+    A rank that has nothing left is idle; where the model is sharded it runs an item all the same, since such a model
+    runs on all ranks or none.
+    """
+    of_ranks = [
+        scorer.micro_batches(tokens, shard, max_tokens, at_least)
+        for shard in shards(tokens, rows, packed=scorer.packed)
+    ]
+    order = np.argsort(rows)
+    idle = rows[:1] if is_sharded(scorer.model) else rows[:0]
+    planned: list[list[Pass]] = [[] for _ in of_ranks]
+    for number in range(max(len(batches) for batches in of_ranks)):
+        here = [batches[number] if number < len(batches) else rows[:0] for batches in of_ranks]
+        largest = max(int(tokens.lengths[batch].sum()) for batch in here)
+        for passes, batch in zip(planned, here, strict=True):
+            places = torch.from_numpy(order[np.searchsorted(rows, batch, sorter=order)])
+            passes.append(Pass(batch if len(batch) else idle, places, largest))
+    return planned
 
 
 @torch.no_grad()
@@ -84,10 +90,8 @@ def score_all(
 ) -> Tensor:
     """Scores of all `rows` without gradients, shared among the workers: float64[N, 2] on every rank."""
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
-    for one in passes(scorer, tokens, rows, max_tokens) if len(rows) else []:
-        scored = score_items(scorer, tokens, one.rows, step, instruction=instruction)
-        if not one.idle:
-            table[_places(rows, one.rows)] = scored
+    for one in plan(scorer, tokens, rows, max_tokens)[rank_and_world()[0]] if len(rows) else []:
+        _score(scorer, tokens, one, table, step, instruction=instruction)
     release(scorer.model)
     return sum_over_workers(table)
 
@@ -99,6 +103,7 @@ def accumulate_gradients(
     loss: Callable[[Tensor], Tensor],
     *,
     max_tokens: int,
+    links: Rows | None = None,
     keep_tokens: int = UNLIMITED,
     at_least: int = 1,
     step: int = 0,
@@ -106,46 +111,78 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add the gradient of `loss(scores)` to the parameters' `.grad`, the same on every rank; returns the scores.
 
-    `rows` int64[N] are distinct; `loss` maps their scores float64[N, 2] (instruction part, response part) to a scalar.
-    Where not `instruction`, the first is zero.
-    The first micro-batches keep their graphs, `keep_tokens` tokens in all (one phase). The rest is scored without
-    gradients, and once more when the weights dL/ds are known (two phases): the same result, bounded memory, a forward
-    pass more.
+    `rows` int64[N] are distinct; `loss` maps their scores float64[N, 2] (instruction part, response part) to a scalar,
+    a sum of terms of which each joins linked items alone: `links` int64[L, 2] are places in `rows` (None: all are
+    linked). Where not `instruction`, the first part of the scores is zero.
+
+    A micro-batch runs backward once all that its items are linked to is scored. Until then its graph is kept, up to
+    `keep_tokens` tokens in all (one phase). The rest is scored without gradients, and once more when the weights dL/ds
+    are known (two phases): the same result, bounded memory, a forward pass more.
     """
-    mine = passes(scorer, tokens, rows, max_tokens, at_least)
+    rank, world = rank_and_world()
+    planned = plan(scorer, tokens, rows, max_tokens, at_least)
+    due = _due(planned, links, len(rows))
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
-    kept: list[tuple[Tensor, Any]] = []
+    scores = table
+    waiting: dict[int, tuple[Tensor, Any] | None] = {}
     room = keep_tokens
-    for one in mine:
-        room -= one.tokens
-        with torch.set_grad_enabled(room >= 0):
-            scored = score_items(scorer, tokens, one.rows, step, instruction=instruction)
-        if room >= 0:
-            kept.append((scored, scorer.state.snapshot()))
-        if not one.idle:
-            table[_places(rows, one.rows)] = scored.detach()
-    scores = sum_over_workers(table).requires_grad_()
-    (weights,) = torch.autograd.grad(loss(scores), scores)
-    if is_sharded(scorer.model):  # whose gradients are averaged over the workers
-        weights = weights * rank_and_world()[1]
-    for one in mine:
-        if kept:
-            scored, snapshot = kept.pop(0)
-            scorer.state.restore(snapshot)  # checkpointed layers run again
-        else:
-            scored = score_items(scorer, tokens, one.rows, step, instruction=instruction)
-        upstream = torch.zeros_like(scored) if one.idle else weights[_places(rows, one.rows)]
-        torch.autograd.backward(scored, upstream)
+    for number, one in enumerate(planned[rank]):
+        waits = due[number] > number
+        keeps = not waits or one.tokens <= room
+        with torch.set_grad_enabled(keeps):
+            scored = _score(scorer, tokens, one, table, step, instruction=instruction)
+        waiting[number] = (scored, scorer.state.snapshot()) if keeps else None
+        room -= one.tokens if waits and keeps else 0
+        if number not in due:
+            continue
+        scores = sum_over_workers(table.clone()).requires_grad_()
+        (weights,) = torch.autograd.grad(loss(scores), scores)
+        if is_sharded(scorer.model):  # whose gradients are averaged over the workers
+            weights = weights * world
+        for earlier in [earlier for earlier in waiting if due[earlier] == number]:
+            other, graph = planned[rank][earlier], waiting.pop(earlier)
+            if graph is None:
+                scored = _score(scorer, tokens, other, table, step, instruction=instruction)
+            else:
+                scored, snapshot = graph
+                scorer.state.restore(snapshot)  # checkpointed layers run again
+                room += other.tokens if earlier < number else 0
+            if len(other.rows):
+                upstream = weights[other.places] if len(other.places) else torch.zeros_like(scored)
+                torch.autograd.backward(scored, upstream)
+            del scored, graph  # or they would live on beside the next pass's
     scorer.state.clear()
     if not is_sharded(scorer.model):
         _sum_gradients(scorer.model)
     return scores.detach()
 
 
-def _places(rows: Rows, batch: Rows) -> Tensor:
-    """Where in `rows` those of a batch stand."""
-    order = np.argsort(rows)
-    return torch.from_numpy(order[np.searchsorted(rows, batch, sorter=order)])
+def _score(scorer: Scorer, tokens: TokenizedItems, one: Pass, table: Tensor, step: int, *, instruction: bool) -> Tensor:
+    """Run one pass and enter its scores into the table of all."""
+    if not len(one.rows):
+        return table[:0]
+    scored = score_items(scorer, tokens, one.rows, step, instruction=instruction)
+    if len(one.places):
+        table[one.places] = scored.detach()
+    return scored
+
+
+def _due(planned: list[list[Pass]], links: Rows | None, count: int) -> list[int]:
+    """The number of the pass after which the weights of each pass are known, on every rank."""
+    last = len(planned[0]) - 1
+    if links is None:
+        return [last] * (last + 1)
+    pass_of = np.zeros(count, dtype=np.int64)
+    for passes in planned:
+        for number, one in enumerate(passes):
+            pass_of[one.places] = number
+    known = pass_of.copy()
+    for here, there in (links.T, links.T[::-1]):
+        np.maximum.at(known, here, pass_of[there])
+    return [
+        max(int(known[one.places].max(initial=number)) for one in of_ranks)
+        for number, of_ranks in enumerate(zip(*planned, strict=True))
+    ]
 
 
 def _sum_gradients(model: nn.Module) -> None:

@@ -23,6 +23,8 @@ from jpo_ray.engine.step import Rows, accumulate_gradients, score_all
 from jpo_ray.engine.throughput import Meter
 from jpo_ray.objectives import Edges, ItemScores, Outcome, dpo, jpo, kto, sft
 
+NO_LINKS = np.zeros((0, 2), dtype=np.int64)
+
 Objective = Callable[[ItemScores, ItemScores, Edges], Outcome]
 
 
@@ -73,14 +75,14 @@ def preference_task(
 def preference_schedule(edges: EdgeList, lengths: npt.NDArray[np.int64], config: TrainConfig, seed: int) -> Schedule:
     """Which comparisons each step sees."""
     make = {"pairs": batches.pairs, "graph": batches.graph}[config.batching]
-    per_step, limit = config.comparisons_per_step, config.max_batch_tokens
+    limits = batches.Limits(config.comparisons_per_step, config.max_batch_tokens, lengths)
+    even = config.max_batch_tokens is None  # then all epochs have the same number of batches
 
     def epoch_batches(epoch: int) -> list[Rows]:
-        if limit is None:
-            return make(edges.chosen, edges.rejected, per_step, seed, epoch)
-        return make(edges.chosen, edges.rejected, per_step, seed, epoch, lengths, limit)
+        return make(edges.chosen, edges.rejected, limits, seed, epoch)
 
-    return Schedule(epoch_batches, config.num_train_epochs, math.ceil(len(edges) / per_step) if limit is None else None)
+    fixed = math.ceil(len(edges) / limits.comparisons) if even else None
+    return Schedule(epoch_batches, config.num_train_epochs, fixed)
 
 
 def check_margins(scorer: Scorer, data: PreferenceData, config: TrainConfig, dtype: str) -> float:
@@ -119,12 +121,20 @@ def _preference_gradients(
         rows,
         loss,
         max_tokens=config.max_micro_batch_tokens,
+        links=_links(config, batch, rows),
         keep_tokens=keep_tokens,
         at_least=config.gradient_accumulation_steps,
         step=step,
         instruction=_uses_instruction(config),
     )
     return evaluate(torch.cat([scores, scores_K])), scores, rows
+
+
+def _links(config: TrainConfig, edges: EdgeList, rows: Rows) -> Rows:
+    """Places of the items that the loss joins. KTO judges each item by itself."""
+    if config.objective == "kto":
+        return NO_LINKS
+    return np.stack([np.searchsorted(rows, edges.chosen), np.searchsorted(rows, edges.rejected)], axis=1)
 
 
 def _uses_instruction(config: TrainConfig) -> bool:
@@ -216,6 +226,7 @@ def sft_task(
             rows,
             lambda scores: sft(_items(scores), response_tokens),
             max_tokens=config.max_micro_batch_tokens,
+            links=NO_LINKS,
             keep_tokens=keep_tokens,
             at_least=config.gradient_accumulation_steps,
             step=step,

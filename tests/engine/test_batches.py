@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jpo_ray.engine.batches import Schedule, graph, pairs, shuffled
+from jpo_ray.engine.batches import Limits, Schedule, graph, pairs, shuffled
 
 
 def _edges(items: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -21,7 +21,7 @@ def _items_per_edge(first: np.ndarray, second: np.ndarray, batches: list[np.ndar
 @pytest.mark.parametrize(("items", "count", "per_step"), [(50, 200, 32), (1000, 300, 32), (10, 1, 8), (4, 6, 7)])
 def test_each_edge_comes_once_and_batches_are_full(items: int, count: int, per_step: int) -> None:
     first, second = _edges(items, count, seed=1)
-    for batches in (graph(first, second, per_step, 0, 0), pairs(first, second, per_step, 0, 0)):
+    for batches in (graph(first, second, Limits(per_step), 0, 0), pairs(first, second, Limits(per_step), 0, 0)):
         assert sorted(np.concatenate(batches).tolist()) == list(range(count))
         sizes = sorted(len(batch) for batch in batches)
         assert sizes[1:] == [per_step] * (len(sizes) - 1)
@@ -30,7 +30,7 @@ def test_each_edge_comes_once_and_batches_are_full(items: int, count: int, per_s
 def test_an_epoch_is_a_function_of_seed_and_epoch() -> None:
     first, second = _edges(60, 240, seed=2)
     again = [
-        np.concatenate(graph(first, second, 32, seed, epoch)).tolist()
+        np.concatenate(graph(first, second, Limits(32), seed, epoch)).tolist()
         for seed, epoch in [(0, 0), (0, 0), (0, 1), (1, 0)]
     ]
     assert again[0] == again[1]
@@ -39,7 +39,7 @@ def test_an_epoch_is_a_function_of_seed_and_epoch() -> None:
 
 def test_parallel_edges_and_lone_pairs_are_kept() -> None:
     first, second = np.array([0, 0, 1, 7, 7]), np.array([1, 1, 0, 8, 9])
-    assert sorted(np.concatenate(graph(first, second, 2, 0, 0)).tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(np.concatenate(graph(first, second, Limits(2), 0, 0)).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_graph_mode_scores_far_fewer_items() -> None:
@@ -52,14 +52,14 @@ def test_graph_mode_scores_far_fewer_items() -> None:
     partner = (chosen + np.random.default_rng(0).integers(1, count, count)) % count
     first, second = np.concatenate([chosen, chosen]), np.concatenate([chosen + count, partner])
     assert _items_per_edge(first, second, shuffled(2 * count, 32, 0, 0)) > 1.95
-    assert _items_per_edge(first, second, graph(first, second, 32, 0, 0)) < 1.2
+    assert _items_per_edge(first, second, graph(first, second, Limits(32), 0, 0)) < 1.2
 
 
 def test_a_clique_costs_its_items() -> None:
     """Groups of 16 fully compared items: 120 edges per batch cost exactly 16 items."""
     pairs = [(16 * group + a, 16 * group + b) for group in range(5) for a in range(16) for b in range(a)]
     first, second = np.array(pairs).T
-    batches = graph(first, second, 120, 0, 0)
+    batches = graph(first, second, Limits(120), 0, 0)
     assert [len(np.unique([first[batch], second[batch]])) for batch in batches] == [16] * 5
 
 
@@ -69,27 +69,27 @@ def test_batches_stay_within_a_number_of_tokens(mode: Any, max_tokens: int) -> N
     """Items of 10 to 29 tokens: a batch of one comparison always fits 60."""
     first, second = _edges(50, 200, seed=4)
     lengths = 10 + np.arange(50) % 20
-    batches = mode(first, second, 32, 0, 0, lengths, max_tokens)
+    batches = mode(first, second, Limits(32, max_tokens, lengths), 0, 0)
     assert sorted(np.concatenate(batches).tolist()) == list(range(200))
     sizes = [int(lengths[np.unique([first[batch], second[batch]])].sum()) for batch in batches]
     assert max(sizes) <= max_tokens
     assert max(len(batch) for batch in batches) <= 32
     if mode is graph:
-        assert len(batches) < len(pairs(first, second, 32, 0, 0, lengths, max_tokens))
+        assert len(batches) < len(pairs(first, second, Limits(32, max_tokens, lengths), 0, 0))
 
 
 def test_a_comparison_longer_than_the_limit_has_a_batch_of_its_own() -> None:
     first, second = np.array([0, 2]), np.array([1, 3])
     for mode in (graph, pairs):
-        batches = mode(first, second, 8, 0, 0, np.array([90, 90, 5, 5]), 100)
+        batches = mode(first, second, Limits(8, 100, np.array([90, 90, 5, 5])), 0, 0)
         assert sorted(batch.tolist() for batch in batches) == [[0], [1]]
 
 
 def test_without_a_limit_pairs_are_shuffled_edges() -> None:
     first, second = _edges(50, 70, seed=4)
-    for one, other in zip(pairs(first, second, 32, 3, 1), shuffled(70, 32, 3, 1), strict=True):
+    for one, other in zip(pairs(first, second, Limits(32), 3, 1), shuffled(70, 32, 3, 1), strict=True):
         assert one.tolist() == other.tolist()
-    free = pairs(first, second, 32, 3, 1, np.ones(50, dtype=np.int64), 1000)
+    free = pairs(first, second, Limits(32, 1000, np.ones(50, dtype=np.int64)), 3, 1)
     assert [batch.tolist() for batch in free] == [batch.tolist() for batch in shuffled(70, 32, 3, 1)]
 
 

@@ -120,19 +120,34 @@ def test_a_gpu_that_no_node_has_is_bad_input(
     assert error.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_ctrl_c_while_training_stops_it_all_and_says_how_to_go_on(run_dir: Path, config: Path, tmp_path: Path) -> None:
+def _without_training(run_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the run whose training is still to be done."""
     again = shutil.copytree(run_dir, tmp_path / "run")
     shutil.rmtree(again / "train")
+    return again
+
+
+def _train(again: Path, run_dir: Path, config: Path) -> dict[str, Any]:
+    """How to start `jpo train` in a process of its own, on a Ray of its own."""
     environment = os.environ | {"JPO_CACHE": str(run_dir.parent / "cache")}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "jpo_ray.cli", "train", "--config", str(config), "--run-dir", str(again)]
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as first:
-        deadline = time.monotonic() + 200
-        while not list(again.glob(".building/train-jpo-*/checkpoint-*")):
-            assert first.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    return {"args": command, "cwd": REPOSITORY, "env": environment, "text": True}
+
+
+def _wait_for_a_checkpoint(training: "subprocess.Popen[str]", again: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not list(again.glob(".building/train-jpo-*/checkpoint-*")):
+        assert training.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_training_stops_it_all_and_says_how_to_go_on(run_dir: Path, config: Path, tmp_path: Path) -> None:
+    again = _without_training(run_dir, tmp_path)
+    with subprocess.Popen(**_train(again, run_dir, config), stderr=subprocess.PIPE) as first:
+        _wait_for_a_checkpoint(first, again)
         first.send_signal(signal.SIGINT)
         _, error = first.communicate(timeout=60)
     assert first.returncode == 130
@@ -145,22 +160,15 @@ def test_ctrl_c_while_training_stops_it_all_and_says_how_to_go_on(run_dir: Path,
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(run_dir: Path, config: Path, tmp_path: Path) -> None:
     """SIGKILL of the driver while it trains; the same command ends where an undisturbed run ends."""
-    again = shutil.copytree(run_dir, tmp_path / "run")
-    shutil.rmtree(again / "train")
-    environment = os.environ | {"JPO_CACHE": str(run_dir.parent / "cache")}
-    environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "jpo_ray.cli", "train", "--config", str(config), "--run-dir", str(again)]
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL) as first:
-        deadline = time.monotonic() + 200
-        while not list(again.glob(".building/train-jpo-*/checkpoint-*")):
-            assert first.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    again = _without_training(run_dir, tmp_path)
+    command = _train(again, run_dir, config)
+    with subprocess.Popen(**command, stdout=subprocess.DEVNULL) as first:
+        _wait_for_a_checkpoint(first, again)
         first.send_signal(signal.SIGKILL)
     assert first.returncode == -signal.SIGKILL
     assert not (again / "train" / "jpo").exists()
     assert (again / "lease.json").exists()
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(**command, capture_output=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     assert not (again / "lease.json").exists()
     for name in ("jpo/adapter_model.safetensors", "full/model.safetensors"):
