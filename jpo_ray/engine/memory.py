@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.scoring import Scorer, score_items
@@ -36,20 +35,14 @@ def activation_bytes(scorer: Scorer, tokens: TokenizedItems) -> float:
     order = np.argsort(tokens.lengths, kind="stable")[len(tokens) // 2 :]  # from the median on
     count = max(1, int(np.searchsorted(np.cumsum(tokens.lengths[order]), PROBE_TOKENS)))
     rows = order[:count]
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        origin = tensor._base if tensor._is_view() else tensor
-        if not isinstance(origin, nn.Parameter):
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    kept: dict[int, int] = {}
+    scorer.state.recomputed.kept = kept
+    with torch.enable_grad():
         score_items(scorer, tokens, rows)
+    scorer.state.recomputed.kept = None
     scorer.state.clear()
     release(scorer.model)
-    return sum(saved.values()) / float(tokens.lengths[rows].sum())
+    return sum(kept.values()) / float(tokens.lengths[rows].sum())
 
 
 def free_bytes(device: torch.device) -> float:

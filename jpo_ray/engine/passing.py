@@ -1,6 +1,6 @@
 """What a model's layers must know of the forward pass that is running, beyond their inputs.
 
-One object per scorer, which its layers hold and each pass fills in. Layers that run again in backward (gradient
+One object per model, which its layers hold and each pass fills in. Layers that run again in backward (gradient
 checkpointing) need what their own pass had: `snapshot` before, `restore` then.
 """
 
@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from jpo_ray.engine.recompute import Recomputed
+
 
 class PassState:
     def __init__(self) -> None:
         self.tokens_BL: Tensor | None = None  # dropout keys, int32[B, L]
         self.cells: Any = None  # `attention.Cells` of a packed row
+        self.recomputed = Recomputed()
 
     def clear(self) -> None:
         """No pass is running: attention is the model's own again."""

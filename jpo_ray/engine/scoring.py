@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.attention import Cells, install_attention
@@ -24,6 +25,7 @@ from jpo_ray.engine.micro_batches import Laid, lay_out, micro_batches, tree_toke
 from jpo_ray.engine.model import backbone_and_head
 from jpo_ray.engine.passing import PassState
 from jpo_ray.engine.probes import projects_plainly, refuse_drawn_dropout
+from jpo_ray.engine.recompute import install_recomputation
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}  # that mix tokens by attention alone
 
@@ -67,6 +69,7 @@ def make_scorer(
     was_training = model.training
     plain = projects_plainly(model.eval(), backbone, head, ids)
     state: PassState = getattr(backbone, "pass_state", PassState())  # the scorers of one model share it
+    install_recomputation(model, state.recomputed)
     install_dropout(model, state)
     speed_up_lora(model)
     refuse_drawn_dropout(model.train(), backbone, state, ids)
@@ -134,7 +137,9 @@ def score_items(
     if scorer.packed:
         token_N, cell_T = _tensor(laid.token_N, scorer), _tensor(laid.cell_T, scorer)
         scorer.state.cells = Cells(token_N, cell_T, laid.buckets, laid.each_once)
-    logprob_S = scorer.model.score_laid(scorer, laid, position_BL)
+    recomputed = scorer.state.recomputed
+    with saved_tensors_hooks(recomputed.pack, recomputed.unpack):
+        logprob_S = scorer.model.score_laid(scorer, laid, position_BL)
     sums_P = torch.zeros(laid.pieces, dtype=torch.float64, device=scorer.device)
     sums_P = sums_P.index_add(0, _tensor(laid.piece_S, scorer), logprob_S.double())
     if not torch.is_grad_enabled():  # else layers may run again in backward
