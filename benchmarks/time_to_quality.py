@@ -10,7 +10,6 @@ policy decides as the oracle did, and the win rate of sampled responses against 
 
 import argparse
 import os
-import platform
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -18,41 +17,28 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from quality_curves.reading import METRICS, MODES, print_tables, read_curves, summarise
+from quality_curves.setting import DEMO, machine, prepare
 from quality_curves.training import train_curve, win_rates_of
 from quality_curves.world import GROUP, World, make_world, mode_settings
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
-import jpo_ray
 from jpo_ray.config import TrainConfig
-from jpo_ray.config_file import load_config
 from jpo_ray.evaluation.win_rates import BASELINE
-from jpo_ray.pipeline import run_stages
 from jpo_ray.runs import package_versions, write_json
-
-DEMO = Path(jpo_ray.__file__).parent / "sandbox" / "demo.yaml"
-STAGES = ["items", "pairs", "judge", "sft", "reference"]
 
 
 def main() -> None:
     arguments = _arguments()
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    folders = {seed: arguments.run_dir / f"seed-{seed}" for seed in arguments.seeds}
-    configs = {seed: load_config(arguments.config, [*arguments.overrides, f"seed={seed}"]) for seed in folders}
-    for seed, folder in folders.items():  # all before any is measured: Ray must be gone from the cores by then
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        run_stages(configs[seed], folder, STAGES, console)
-    torch.set_num_threads(arguments.threads)
-    disable_progress_bar()
+    configs = prepare(arguments, console)
     report: dict[str, Any] = {"command": shlex.join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    report |= {"machine": _machine(arguments.threads), "versions": package_versions()}
+    report |= {"machine": machine(arguments.threads), "versions": package_versions()}
     found: dict[int, dict[str, Any]] = {}
-    for seed, folder in folders.items():
-        settings = {mode: mode_settings(configs[seed], mode, arguments) for mode in MODES}
-        world = make_world(configs[seed], folder, settings["pairs"], arguments)
+    for seed, config in configs.items():
+        settings = {mode: mode_settings(config, mode, arguments) for mode in MODES}
+        folder = arguments.run_dir / f"seed-{seed}"
+        world = make_world(config, folder, settings["pairs"], arguments, arguments.degree)
         found[seed] = _measure(world, settings, arguments.points, console)
         if arguments.json:  # after each seed, so that an interrupted run leaves what it has
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -107,20 +93,6 @@ def _measure(world: World, settings: dict[str, TrainConfig], points: int, consol
         "curves": curves,
         "reached": read_curves(curves),
         "win_rate_difference": final["graph"]["difference_to_sft"],
-    }
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_before": os.getloadavg(),
     }
 
 

@@ -34,10 +34,17 @@ class World:
     golds: list[Row]  # the gold items whose instructions are sampled
 
 
-def make_world(config: RunConfig, run: Path, settings: TrainConfig, arguments: argparse.Namespace) -> World:
+def make_world(
+    config: RunConfig,
+    run: Path,
+    settings: TrainConfig,
+    arguments: argparse.Namespace,
+    degree: int,
+    count: int | None = None,
+) -> World:
     """Train on comparisons of our own making, hold out the run's validation preferences."""
     items = records.read_table(run / "items" / "items.parquet", records.ITEMS)
-    rows = joint_preferences(config, items, arguments.degree)
+    rows = joint_preferences(config, items, degree, count)
     for row in records.read_table(run / "judge" / "preferences.parquet", records.PREFERENCES).to_pylist():
         conditional = row["split"] == "train" and row["protocol"] == "conditional"
         if row["split"] == "validation" or (conditional and arguments.conditional):
@@ -51,9 +58,11 @@ def make_world(config: RunConfig, run: Path, settings: TrainConfig, arguments: a
     return World(config, run / "sft", tokenizer, data, golds[: arguments.win_rate_instructions])
 
 
-def joint_preferences(config: RunConfig, items: pa.Table, degree: int) -> list[Row]:
-    """Comparisons of D_S items in groups, judged as the judge stage does: rows of `records.PREFERENCES`, no ties."""
-    members = [row["item_id"] for row in items.to_pylist() if row["sft"] and row["split"] == "train"]
+def joint_preferences(config: RunConfig, items: pa.Table, degree: int, count: int | None = None) -> list[Row]:
+    """Comparisons of D_S items (the first `count`) in groups, judged as the judge stage does: rows of
+    `records.PREFERENCES`, no ties.
+    """
+    members = [row["item_id"] for row in items.to_pylist() if row["sft"] and row["split"] == "train"][:count]
     first, second = circulant_groups(len(members), GROUP, degree, np.random.default_rng([config.seed, 0x7471]))
     named = [sorted((members[i], members[j])) for i, j in zip(first.tolist(), second.tolist(), strict=True)]
     rows = [
