@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from throughput.figures import agreement, figures, ratios
+from throughput.figures import agreement, fastest, figures, merged, ratios
 from throughput.job import Job
 from throughput.model import FOUR_BIT, SHAPES, make_model
 from throughput.report import machine, print_tables
@@ -61,7 +61,11 @@ def main() -> None:
         if not arguments.trl:
             console.print("without TRL: nothing is compared, and no loss is checked")
         checks = _check(arguments, folder, run, console) if arguments.trl else []
-        found = {job: _timed(job, run, console) for job in _jobs(arguments, folder)}
+        runs = {job: [_timed(job, run, console)] for job in _jobs(arguments, folder)}
+        for _ in range(arguments.repeats - 1):  # contenders in turn, so that other work on the machine slows both alike
+            for job in _fastest_jobs(runs):
+                runs[job].append(_timed(job, run, console))
+        found = {job: merged(results) for job, results in runs.items()}
         checks += _compare_timed(found)
     rows = [figures(job, Path(job.work).stem, result) for job, result in found.items()]
     print_tables(console, rows, with_targets=(arguments.device, arguments.shape) == ("cpu", "17m"))
@@ -78,6 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--updates", type=int, default=6, help="timed updates")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each contender's fastest; medians are shown")
     parser.add_argument("--warmup", type=int, default=2, help="updates before them; flops are counted in the first")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -94,8 +99,8 @@ def _arguments() -> argparse.Namespace:
         parser.error("--trl: TRL is not installed; pip install -e '.[bench]'")
     if any(size < 1 or GROUP % size for size in arguments.micro_batches):
         parser.error(f"--micro-batches: each must divide {GROUP}, so that updates hold the same comparisons")
-    if arguments.updates < 1 or arguments.warmup < 1:
-        parser.error("--updates and --warmup must be at least 1")
+    if min(arguments.updates, arguments.warmup, arguments.repeats) < 1:
+        parser.error("--updates, --warmup and --repeats must be at least 1")
     if arguments.device == "cuda":
         import torch
 
@@ -188,6 +193,13 @@ def _jobs(arguments: argparse.Namespace, folder: Path) -> list[Job]:
             if dtype in _compared_dtypes(arguments):
                 jobs += [job("trl", size) for size in arguments.micro_batches]
     return jobs
+
+
+def _fastest_jobs(runs: dict[Job, list[Result]]) -> list[Job]:
+    """Of each work, contender and dtype the one with most comparisons per second, in the order of `runs`."""
+    rows = [figures(job, Path(job.work).stem, results[0]) for job, results in runs.items()]
+    best = [fastest(rows, row["work"], row["contender"], row["dtype"]) for row in rows]
+    return [job for job, row in zip(runs, rows, strict=True) if any(row is other for other in best)]
 
 
 def _job(

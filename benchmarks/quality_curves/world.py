@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from jpo_ray import records
-from jpo_ray.config import JudgeConfig, RunConfig, TrainConfig
+from jpo_ray.config import AnnotatorConfig, RunConfig, TrainConfig
 from jpo_ray.engine.dataset import PreferenceData
 from jpo_ray.engine.jobs import PreferenceInputs, load_preferences
 from jpo_ray.engine.model import load_tokenizer
@@ -84,7 +84,7 @@ def circulant_groups(count: int, group: int, degree: int, rng: np.random.Generat
     return np.tile(groups_GK.ravel(), len(neighbours)), np.concatenate(neighbours)
 
 
-def oracle(config: RunConfig, settings: JudgeConfig) -> Annotator:
+def oracle(config: RunConfig, settings: AnnotatorConfig) -> Annotator:
     """The sandbox's annotator of these settings, with the run's noise."""
     return score_annotator("sandbox", quality, noise=settings.noise, tie_band=settings.tie_band, seed=config.seed)
 

@@ -13,9 +13,20 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, FOUR_BIT: 5e-2}
 MIB = 2**20
 
 Row = dict[str, Any]
+Result = dict[str, Any]
 
 
-def figures(job: Job, work: str, result: dict[str, Any]) -> Row:
+def merged(results: list[Result]) -> Result:
+    """One result of several runs of the same updates: medians of times, memory and matrix peaks, else the first's."""
+    if len(results) == 1 or any("error" in result for result in results):
+        return next((result for result in results if "error" in result), results[0])
+    medians = ("reference_s", "peak_bytes", "held_bytes", "matrix_peak")
+    middle = {name: float(np.median([result[name] for result in results])) for name in medians}
+    seconds = np.median([result["seconds"] for result in results], axis=0).tolist()
+    return results[0] | middle | {"seconds": seconds, "runs": len(results)}
+
+
+def figures(job: Job, work: str, result: Result) -> Row:
     """One row of the table. Rates are over the timed updates; the reference pass is spread over the comparisons it
     served, once: for this engine those of an epoch, for TRL those of the run.
     """
@@ -42,7 +53,7 @@ def figures(job: Job, work: str, result: dict[str, Any]) -> Row:
     }
 
 
-def agreement(ours: dict[str, Any], theirs: dict[str, Any], dtype: str) -> dict[str, Any]:
+def agreement(ours: Result, theirs: Result, dtype: str) -> dict[str, Any]:
     """Largest relative differences of losses and gradient norms, update by update, and whether they are small enough.
 
     Gradient norms, in which a wrong scale would show that clipping hides from the losses, are judged in float32 alone.

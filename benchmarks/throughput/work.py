@@ -153,9 +153,8 @@ def make_work(name: str, items: Items) -> Work:
 
 def _edges(chosen: Ints, rejected: Ints, *, joint: bool) -> EdgeList:
     count = len(chosen)
-    return EdgeList(
-        chosen.astype(np.int64), rejected.astype(np.int64), np.full(count, joint), np.ones(count, dtype=np.float32)
-    )
+    ones = np.ones(count, dtype=np.float32)
+    return EdgeList(chosen.astype(np.int64), rejected.astype(np.int64), np.full(count, joint), ones, ones)
 
 
 def _concatenate(left: EdgeList, right: EdgeList) -> EdgeList:
@@ -208,15 +207,12 @@ def save_work(work: Work, path: Path) -> None:
         ids=work.tokens.ids,
         offsets=work.tokens.offsets,
         prompt_lengths=work.tokens.prompt_lengths,
-        chosen=work.edges.chosen,
-        rejected=work.edges.rejected,
-        joint=work.edges.joint,
-        weight=work.edges.weight,
+        **work.edges.__dict__,
     )
 
 
 def load_work(path: Path) -> Work:
     with np.load(path) as file:
         tokens = TokenizedItems(file["ids"], file["offsets"], file["prompt_lengths"], 0)
-        edges = EdgeList(file["chosen"], file["rejected"], file["joint"], file["weight"])
+        edges = EdgeList(*(file[name] for name in EdgeList.__annotations__))
         return Work(str(file["name"]), tokens, edges, int(file["per_update"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from throughput.figures import agreement
+from throughput.figures import agreement, merged
 from throughput.graphs import circulant_groups, random_partners
 from throughput.work import (
     GROUP,
@@ -111,6 +111,17 @@ def test_losses_that_differ_by_more_than_rounding_are_noticed() -> None:
     assert not agreement(ours, {"losses": [0.7, 0.6], "grad_norms": [1.0, 4.0]}, "float32")["agrees"]
     assert not agreement(ours, {"losses": [0.7, float("nan")], "grad_norms": [1.0, 2.0]}, "float32")["agrees"]
     assert agreement(ours, {"losses": [0.7, 0.602], "grad_norms": [1.0, 4.0]}, "bfloat16")["agrees"]
+
+
+def test_several_runs_are_one_with_the_medians_of_each_update() -> None:
+    runs = [
+        {"seconds": seconds, "reference_s": r, "peak_bytes": 5, "held_bytes": 1, "matrix_peak": 2.0, "losses": [0.7]}
+        for seconds, r in (([1.0, 5.0], 1.0), ([3.0, 4.0], 2.0), ([2.0, 9.0], 7.0))
+    ]
+    found = merged(runs)
+    assert (found["seconds"], found["reference_s"], found["runs"], found["losses"]) == ([2.0, 5.0], 2.0, 3, [0.7])
+    assert merged(runs[:1]) is runs[0]
+    assert merged([*runs, {"error": "out of memory"}]) == {"error": "out of memory"}
 
 
 @pytest.mark.slow
