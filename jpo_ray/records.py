@@ -69,6 +69,16 @@ PREFERENCES = pa.schema(
         ("split", pa.string()),
     ]
 )
+# What all judgments of a split say of each item together (`feedback/strengths.py`), in log odds.
+STRENGTHS = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("split", pa.string()),
+        ("strength", pa.float64()),
+        ("standard_error", pa.float64()),
+        ("comparisons", pa.int32()),
+    ]
+)
 # Log-probs in nats, summed over tokens, of item `item_id`; for KTO also of mismatched items (instruction of one item,
 # response of another), named by the two item ids they are made of so that no text is stored again.
 REFERENCE = pa.schema(

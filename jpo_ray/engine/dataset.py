@@ -15,18 +15,21 @@ from jpo_ray.data.tokens import TokenizedItems
 
 @dataclass(frozen=True)
 class EdgeList:
-    """Comparisons as row numbers: int64[E] each, `joint` bool[E], `weight` float32[E]."""
+    """Comparisons as row numbers: int64[E] each, `joint` bool[E], `weight` float32[E] and `probability` float32[E],
+    that `chosen` is better.
+    """
 
     chosen: npt.NDArray[np.int64]
     rejected: npt.NDArray[np.int64]
     joint: npt.NDArray[np.bool_]
     weight: npt.NDArray[np.float32]
+    probability: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def take(self, index: npt.NDArray[np.int64]) -> "EdgeList":
-        return EdgeList(self.chosen[index], self.rejected[index], self.joint[index], self.weight[index])
+        return EdgeList(*(column[index] for column in self.__dict__.values()))
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,13 @@ class PreferenceData:
 
 def edge_list(preferences: pa.Table, row_of: dict[str, int], split: str, protocols: Sequence[str]) -> EdgeList:
     """The edges of one split and the given protocols, in table order."""
-    rows = [
-        row
-        for row in preferences.select(["chosen", "rejected", "protocol", "weight", "split"]).to_pylist()
-        if row["split"] == split and row["protocol"] in protocols
-    ]
+    rows = [row for row in preferences.to_pylist() if row["split"] == split and row["protocol"] in protocols]
     return EdgeList(
         chosen=np.array([row_of[row["chosen"]] for row in rows], dtype=np.int64),
         rejected=np.array([row_of[row["rejected"]] for row in rows], dtype=np.int64),
         joint=np.array([row["protocol"] == "joint" for row in rows], dtype=np.bool_),
         weight=np.array([row["weight"] for row in rows], dtype=np.float32),
+        probability=np.array([row["probability"] for row in rows], dtype=np.float32),
     )
 
 

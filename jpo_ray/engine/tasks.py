@@ -150,7 +150,7 @@ def _loss(data: PreferenceData, edges: EdgeList, rows: Rows, config: TrainConfig
         torch.from_numpy(np.searchsorted(rows[:count], edges.chosen)),
         torch.from_numpy(np.searchsorted(rows[:count], edges.rejected)),
         torch.from_numpy(edges.joint),
-        torch.from_numpy(edges.weight),
+        torch.from_numpy(edges.probability),
     )
 
     def evaluate(scores: Tensor) -> Outcome:

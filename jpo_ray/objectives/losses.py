@@ -24,17 +24,20 @@ class ItemScores:
 
 @dataclass(frozen=True)
 class Edges:
-    """Comparisons: indices into the batch's items, and their weights."""
+    """Comparisons: indices into the batch's items, and how sure their labels are."""
 
     chosen_E: Tensor  # int64
     rejected_E: Tensor  # int64
     joint_E: Tensor  # bool: the two instructions differ
-    weight_E: Tensor  # float
+    probability_E: Tensor  # float: that `chosen` is better; 1 unless the label is soft
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a loss says of each edge; `chosen`, `rejected` and the margins are implicit rewards, times beta."""
+    """What a loss says of each edge; `chosen`, `rejected` and the margins are implicit rewards, times beta.
+
+    A soft label's loss is the mean of the losses of both labels, weighted by their probabilities.
+    """
 
     loss_E: Tensor
     chosen_E: Tensor
@@ -74,8 +77,9 @@ def _pairwise(ratios: ItemScores, edges: Edges, with_instruction_E: Tensor, beta
     instruction_l = torch.where(with_instruction_E, ratios.instruction_N[l], zero)
     margin_instruction = beta * (instruction_w - instruction_l)
     margin_response = beta * (ratios.response_N[w] - ratios.response_N[l])
+    margin, probability = margin_instruction + margin_response, edges.probability_E
     return Outcome(
-        loss_E=-F.logsigmoid(margin_instruction + margin_response),
+        loss_E=-probability * F.logsigmoid(margin) - (1 - probability) * F.logsigmoid(-margin),
         chosen_E=beta * (instruction_w + ratios.response_N[w]),
         rejected_E=beta * (instruction_l + ratios.response_N[l]),
         margin_instruction_E=margin_instruction,
@@ -103,10 +107,15 @@ def kto(
     ratio_N = log_ratios(policy, reference).response_N
     kl = (mismatched_policy_K - mismatched_reference_K).mean().clamp(min=0).detach()
     chosen_E, rejected_E = beta * ratio_N[edges.chosen_E], beta * ratio_N[edges.rejected_E]
-    desirable_E = desirable_weight * (1 - torch.sigmoid(chosen_E - beta * kl))
-    undesirable_E = undesirable_weight * (1 - torch.sigmoid(beta * kl - rejected_E))
+
+    def labelled(better_E: Tensor, worse_E: Tensor) -> Tensor:
+        desirable_E = desirable_weight * (1 - torch.sigmoid(better_E - beta * kl))
+        undesirable_E = undesirable_weight * (1 - torch.sigmoid(beta * kl - worse_E))
+        return (desirable_E + undesirable_E) / 2
+
+    probability = edges.probability_E
     return Outcome(
-        loss_E=(desirable_E + undesirable_E) / 2,
+        loss_E=probability * labelled(chosen_E, rejected_E) + (1 - probability) * labelled(rejected_E, chosen_E),
         chosen_E=chosen_E,
         rejected_E=rejected_E,
         margin_instruction_E=torch.zeros_like(chosen_E),

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from jpo_ray import records
-from jpo_ray.config import JudgeConfig, Source
+from jpo_ray.config import AnnotatorConfig, ClosureConfig, Source
 from jpo_ray.data.items import build_items
 from jpo_ray.data.sources import SourceRows, parse_rows, read_source
 from jpo_ray.errors import InputError
@@ -243,8 +243,12 @@ def judge_specs(context: Context) -> list[Spec]:
                 bar.advance(len(chunk))
         records.write_table(out / "judgments.parquet", rows, records.JUDGMENTS)
         decisive = preferences(pairs, rows)
-        records.write_table(out / "preferences.parquet", decisive, records.PREFERENCES)
         counts = judgment_counts(rows) | {"preferences": len(decisive)}
+        if context.config.judge.closure:
+            implied, facts = _closure(context.config.judge.closure, pairs, items, rows, context.config.seed, out)
+            decisive += implied
+            counts |= facts
+        records.write_table(out / "preferences.parquet", decisive, records.PREFERENCES)
         joint = {
             pair
             for pair, kind in zip(pairs["pair_id"].to_pylist(), pairs["protocol"].to_pylist(), strict=True)
@@ -261,7 +265,32 @@ def judge_specs(context: Context) -> list[Spec]:
     return [Spec("judge", "judge", inputs, slice_, make)]
 
 
-def make_annotator(context: Context, config: JudgeConfig) -> Annotator:
+def _closure(
+    config: ClosureConfig, pairs: pa.Table, items: pa.Table, judgments: list[dict[str, Any]], seed: int, out: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Implied training preferences, and what the fit says of the judgments; every item's strength goes to `out`."""
+    from jpo_ray.feedback.closure import implied_rows, item_graph, warning
+    from jpo_ray.feedback.strengths import fit_strengths, graph_facts
+
+    graph = item_graph(pairs, judgments, "train")
+    if not len(graph.first):
+        raise InputError("judge.closure: no judgment of a training pair to fit strengths to; set judge.closure: null")
+    facts = graph_facts(len(graph.ids), graph.first, graph.second, graph.outcome)
+    fitted = fit_strengths(len(graph.ids), graph.first, graph.second, graph.outcome, seed)
+    records.write_table(out / "strengths.parquet", graph.table(fitted, "train"), records.STRENGTHS)
+    rows = implied_rows(graph, fitted, items, config.per_item, config.min_probability, seed)
+    shown = {
+        "implied": len(rows),
+        "components": facts.components,
+        "intransitive_share": facts.intransitive_share,
+        "strengths_agree": fitted.agreement,
+        "reliability": fitted.reliability,
+        "warning": warning(facts, fitted),
+    }
+    return rows, {name: value for name, value in shown.items() if value is not None}
+
+
+def make_annotator(context: Context, config: AnnotatorConfig) -> Annotator:
     """The configured annotator."""
     if config.annotator == "labels":
         labels = records.read_table(context.path("items") / "labels.parquet", records.LABELS)

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from jpo_ray import records
-from jpo_ray.config import EvaluateConfig, JudgeConfig, RunConfig, SampleConfig
+from jpo_ray.config import AnnotatorConfig, EvaluateConfig, RunConfig, SampleConfig
 from jpo_ray.errors import InputError
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec, StaleArtifact
@@ -154,9 +154,9 @@ def evaluate_specs(context: Context) -> list[Spec]:
     return [Spec("evaluate", "evaluate", inputs, slice_, make)]
 
 
-def evaluation_judge(config: RunConfig, evaluate: EvaluateConfig) -> JudgeConfig:
+def evaluation_judge(config: RunConfig, evaluate: EvaluateConfig) -> AnnotatorConfig:
     """The judge of samples. Raises `InputError` where it could only answer `invalid`."""
-    judge = evaluate.judge or config.judge
+    judge = evaluate.judge or AnnotatorConfig(**config.judge.model_dump(exclude={"closure"}))
     if judge.annotator == "labels":
         raise InputError(
             "evaluate: ready-made labels cannot judge new samples; set evaluate: null, or evaluate.judge to another one"

@@ -50,7 +50,7 @@ def test_gradient_is_that_of_a_pair_trainer(world: World) -> None:
     scorer.model.zero_grad(set_to_none=True)
     batch = data.train
     total = torch.zeros((), dtype=torch.float64)
-    for chosen, rejected, joint, weight in zip(*batch.__dict__.values(), strict=True):
+    for chosen, rejected, joint, weight, _ in zip(*batch.__dict__.values(), strict=True):
         policy = score_items(scorer, data.tokens, [chosen, rejected])
         reference = torch.from_numpy(data.reference[[chosen, rejected]])
         graph = Edges(torch.tensor([0]), torch.tensor([1]), torch.tensor([bool(joint)]), torch.ones(1))
@@ -115,6 +115,16 @@ def test_recomputed_activations_meet_the_same_masks(world: World) -> None:
     scorer.model.enable_input_require_grads()
     _, recomputed = gradients_of(scorer, world.data, train)
     assert difference(recomputed, kept) < SAME
+
+
+def test_graph_and_pairs_batches_of_the_same_comparisons_have_the_same_gradient(world: World) -> None:
+    """All comparisons in one step, which the modes put in different orders."""
+    scorer = policy_scorer(world.model, config())
+    (graph_loss, graph), (pairs_loss, pairs) = (
+        gradients_of(scorer, world.data, config(batching=mode)) for mode in ("graph", "pairs")
+    )
+    assert graph_loss == pytest.approx(pairs_loss, abs=1e-9)
+    assert difference(graph, pairs) < SAME
 
 
 def test_comparisons_within_micro_batches_keep_nothing_for_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

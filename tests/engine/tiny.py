@@ -110,7 +110,7 @@ def edges(conditional: list[tuple[int, int]], joint: list[tuple[int, int]]) -> E
     both = np.array([*conditional, *joint], dtype=np.int64).reshape(-1, 2)
     kinds = np.array([False] * len(conditional) + [True] * len(joint))
     weights = 1 + np.arange(len(both), dtype=np.float32) % 2
-    return EdgeList(both[:, 0].copy(), both[:, 1].copy(), kinds, weights)
+    return EdgeList(both[:, 0].copy(), both[:, 1].copy(), kinds, weights, np.ones_like(weights))
 
 
 def only_conditional(data: PreferenceData) -> PreferenceData:

@@ -12,6 +12,7 @@ from jpo_ray.objectives import Edges, ItemScores, Outcome, dpo, jpo, kto, log_ra
 POLICY = ItemScores(torch.tensor([-10.0, -12.0]), torch.tensor([-5.0, -8.0]))
 REFERENCE = ItemScores(torch.tensor([-11.0, -12.5]), torch.tensor([-6.0, -7.0]))
 MISMATCHED_POLICY, MISMATCHED_REFERENCE = torch.tensor([-4.0, -9.0]), torch.tensor([-6.0, -8.5])
+KTO = partial(kto, mismatched_policy_K=MISMATCHED_POLICY, mismatched_reference_K=MISMATCHED_REFERENCE)
 
 
 def edges(*, joint: bool) -> Edges:
@@ -79,6 +80,18 @@ def test_kto_by_hand() -> None:
     assert weighted.loss_E.item() == pytest.approx(0.5423444, abs=1e-6)
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_soft_label_is_the_mean_of_both_labels(joint: bool) -> None:
+    """A probability of 0.8: 0.8 of the loss as labelled, 0.2 of the loss with chosen and rejected exchanged."""
+    there, back = edges(joint=joint), Edges(torch.tensor([1]), torch.tensor([0]), torch.tensor([joint]), torch.ones(1))
+    soft = Edges(there.chosen_E, there.rejected_E, there.joint_E, torch.tensor([0.8]))
+    for loss in (partial(jpo, beta=0.5), partial(dpo, beta=0.5), partial(KTO, beta=0.5)):
+        as_labelled, exchanged, found = (loss(POLICY, REFERENCE, graph) for graph in (there, back, soft))
+        mean = 0.8 * as_labelled.loss_E + 0.2 * exchanged.loss_E
+        assert found.loss_E.item() == pytest.approx(mean.item(), abs=1e-6)
+        assert found.margin_E.item() == as_labelled.margin_E.item()
+
+
 def test_kto_clamps_its_reference_point_at_zero() -> None:
     """Mean log-ratio -0.75 becomes z_0 = 0: both examples give 1 - sigmoid(0.5) = 0.3775407."""
     outcome = kto(POLICY, REFERENCE, edges(joint=False), MISMATCHED_REFERENCE, MISMATCHED_POLICY, beta=0.5)
@@ -96,9 +109,6 @@ def test_kto_sends_no_gradient_through_its_reference_point() -> None:
 def test_sft_is_nats_per_response_token() -> None:
     """(5 + 8) / 10 tokens = 1.3."""
     assert sft(POLICY, 10).item() == pytest.approx(1.3)
-
-
-KTO = partial(kto, mismatched_policy_K=MISMATCHED_POLICY, mismatched_reference_K=MISMATCHED_REFERENCE)
 
 
 @pytest.mark.parametrize("loss", [jpo, dpo, KTO], ids=["jpo", "dpo", "kto"])

@@ -68,6 +68,29 @@ def test_the_numbers_of_a_small_run(finished: Finished) -> None:
     assert counts["sample"]["samples"] == counts["evaluate"]["judgments"] == 18
 
 
+def test_comparisons_that_judgments_imply_are_trained_on_too(run_dir: Path, cluster: Cluster) -> None:  # noqa: ARG001
+    """48 items with 6 joint comparisons each. What the fit is sure of is trained on too, with soft labels."""
+    config = small_config(
+        pairs={"joint": {"budget": 144}},
+        judge={"annotator": "sandbox", "noise": 0.05, "closure": {"per_item": 2, "min_probability": 0.7}},
+        train=[JPO],
+    )
+    shown = run(config, run_dir, ["pairs", "judge", "reference", "train"])
+    counts = {name: read_json(run_dir / name / "manifest.json")["counts"] for name in ("judge", "train/jpo")}
+    rows = records.read_table(run_dir / "judge" / "preferences.parquet", records.PREFERENCES).to_pylist()
+    soft = [row for row in rows if row["probability"] < 1]
+    assert counts["judge"]["implied"] == len(soft) > 20
+    assert len(rows) == counts["judge"]["preferences"] + len(soft)
+    assert {row["split"] for row in soft} == {"train"}
+    assert min(row["probability"] for row in soft) >= 0.7
+    assert counts["train/jpo"]["comparisons"] == sum(row["split"] == "train" for row in rows)
+    strengths = records.read_table(run_dir / "judge" / "strengths.parquet", records.STRENGTHS).to_pylist()
+    strength = {row["item_id"]: row["strength"] for row in strengths}
+    assert all(strength[row["chosen"]] > strength[row["rejected"]] for row in soft)
+    assert sum(row["comparisons"] for row in strengths) == 2 * (144 + 48)
+    assert f"implied {len(soft)}" in shown
+
+
 def test_samples_hold_both_temperatures_and_seeds_that_models_share(finished: Finished) -> None:
     rows = records.read_table(finished.run_dir / "sample" / "samples.parquet", records.SAMPLES).to_pylist()
     assert [row["model"] for row in rows] == ["sft"] * 6 + ["jpo"] * 6 + ["dpo"] * 6
