@@ -124,7 +124,7 @@ class OptimizerConfig(Section):
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
-    max_micro_batch_tokens: Count = 2048  # of one forward pass, per worker; a GPU is filled by more
+    max_micro_batch_tokens: Count = 2048  # that go through the model at a time, per worker; a GPU is filled by more
     # Memory of a worker for activations between forward and backward; default: half of what is free. What does not fit
     # is computed twice (the two-phase step).
     activation_memory_gib: NonNegative | None = None

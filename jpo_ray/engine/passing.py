@@ -4,6 +4,7 @@ One object per model, which its layers hold and each pass fills in. Layers that 
 checkpointing) need what their own pass had: `snapshot` before, `restore` then.
 """
 
+import threading
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from jpo_ray.engine.recompute import Recomputed
 
 
-class PassState:
+class PassState(threading.local):
+    """What is set here is set for the thread that runs the pass: each lane (`lanes.py`) has its own."""
+
     def __init__(self) -> None:
         self.tokens_BL: Tensor | None = None  # dropout keys, int32[B, L]
         self.cells: Any = None  # `attention.Cells` of a packed row

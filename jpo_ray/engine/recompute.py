@@ -58,14 +58,15 @@ class Recomputed:
         return packed if isinstance(packed, Tensor) else packed[0]().view(packed[1])
 
 
-def install_recomputation(model: nn.Module, recomputed: Recomputed) -> None:
-    """Make the model's gated MLPs note what they can make again, for passes that run within these hooks."""
+def install_recomputation(model: nn.Module, running: Callable[[], Recomputed]) -> None:
+    """Make the model's gated MLPs note what they can make again, for passes within the hooks that `running` gives."""
     for module in model.modules():
         if _is_gated(module):
-            module.forward = types.MethodType(partial(_forward, recomputed=recomputed), module)
+            module.forward = types.MethodType(partial(_forward, running=running), module)
 
 
-def _forward(mlp: Any, x: Tensor, *, recomputed: Recomputed) -> Tensor:
+def _forward(mlp: Any, x: Tensor, *, running: Callable[[], Recomputed]) -> Tensor:
+    recomputed = running()
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     made: list[Tensor] = []  # backward wants the product first
 
@@ -91,7 +92,7 @@ def _is_gated(module: Any) -> bool:
     weight = next(module.parameters())
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     x = torch.linspace(-1, 1, module.gate_proj.in_features, device=weight.device, dtype=dtype).unsqueeze(0)
-    return torch.equal(module(x), _forward(module, x, recomputed=Recomputed()))
+    return torch.equal(module(x), _forward(module, x, running=Recomputed))
 
 
 def _same_cells(output: Tensor, tensor: Tensor) -> bool:

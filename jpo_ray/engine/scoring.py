@@ -41,6 +41,7 @@ class Scorer:
     dropout_seed: int
     device: torch.device
     autocast: torch.dtype | None  # compute dtype of matrix products, where it differs from the weights'
+    lanes: int  # micro-batches that run side by side
     packed: bool  # rows without padding, instruction parts shared; else one padded row per item
 
     def computed_tokens(self, tokens: TokenizedItems, rows: npt.NDArray[np.int64]) -> int:
@@ -69,7 +70,7 @@ def make_scorer(
     was_training = model.training
     plain = projects_plainly(model.eval(), backbone, head, ids)
     state: PassState = getattr(backbone, "pass_state", PassState())  # the scorers of one model share it
-    install_recomputation(model, state.recomputed)
+    install_recomputation(model, lambda: state.recomputed)
     install_dropout(model, state)
     speed_up_lora(model)
     refuse_drawn_dropout(model.train(), backbone, state, ids)
@@ -84,6 +85,7 @@ def make_scorer(
         dropout_seed=dropout_seed,
         device=device,
         autocast=autocast,
+        lanes=torch.get_num_threads() if device.type == "cpu" else 1,
         packed=False,
     )
     found = replace(padded, packed=True) if packed and takes_cells and _packs(padded, ids[0]) else padded

@@ -1,12 +1,14 @@
 """The gradient of one batch: items are scored once each, edges see only their scores.
 
-Workers shard the items, not the edges. Every rank gathers all detached scores, computes the same gradient of the loss
-with respect to them, and runs backward through its own items with those weights; parameter gradients are then summed.
-So neither the number of workers nor of micro-batches changes the result beyond rounding.
+Workers shard the items, not the edges, and on CPUs each worker's lanes do (`lanes.py`). Every rank gathers all detached
+scores, computes the same gradient of the loss with respect to them, and runs backward through its own items with those
+weights; parameter gradients are then summed. So neither the number of workers, lanes nor micro-batches changes the
+result beyond rounding.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jpo_ray.data.tokens import TokenizedItems
+from jpo_ray.engine.lanes import side_by_side
 from jpo_ray.engine.micro_batches import tree_tokens, trees_of
 from jpo_ray.engine.scoring import Scorer, score_items
 from jpo_ray.engine.sharding import is_sharded, release
@@ -37,15 +40,14 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def shards(tokens: TokenizedItems, rows: Rows, *, packed: bool) -> list[Rows]:
-    """The `rows` that each rank scores: longest tree first, each to the rank with the fewest tokens so far."""
-    world = rank_and_world()[1]
-    if world == 1:
+def shards(tokens: TokenizedItems, rows: Rows, count: int, *, packed: bool) -> list[Rows]:
+    """Share `rows` among `count` lanes: longest tree first, each to the lane with the fewest tokens so far."""
+    if count == 1:
         return [rows]
     trees = trees_of(tokens, np.sort(rows), share=packed)
     sizes = np.array([tree_tokens(tokens, tree) for tree in trees], dtype=np.int64)
-    load = np.zeros(world, dtype=np.int64)
-    members: list[list[Rows]] = [[rows[:0]] for _ in range(world)]
+    load = np.zeros(count, dtype=np.int64)
+    members: list[list[Rows]] = [[rows[:0]] for _ in range(count)]
     for place in np.argsort(-sizes, kind="stable"):
         target = int(load.argmin())
         load[target] += sizes[place]
@@ -55,28 +57,28 @@ def shards(tokens: TokenizedItems, rows: Rows, *, packed: bool) -> list[Rows]:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of a rank."""
+    """One forward pass of a lane."""
 
     rows: Rows
-    places: Tensor  # int64: of `rows` among all rows of the batch; none where the rank is idle
-    tokens: int  # the most that any rank computes in its pass of the same number
+    places: Tensor  # int64: of `rows` among all rows of the batch; none where the lane is idle
+    tokens: int  # the most that any lane computes in its pass of the same number
 
 
 def plan(scorer: Scorer, tokens: TokenizedItems, rows: Rows, max_tokens: int, at_least: int = 1) -> list[list[Pass]]:
-    """Each rank's micro-batches of `rows`, equally many for all of them.
+    """Each lane's micro-batches of `rows`, equally many for all lanes; those of a rank stand together.
 
-    A rank that has nothing left is idle; where the model is sharded it runs an item all the same, since such a model
+    The passes of a rank's lanes that run side by side have at most `max_tokens` tokens between them.
+
+    A lane that has nothing left is idle; where the model is sharded it runs an item all the same, since such a model
     runs on all ranks or none.
     """
-    of_ranks = [
-        scorer.micro_batches(tokens, shard, max_tokens, at_least)
-        for shard in shards(tokens, rows, packed=scorer.packed)
-    ]
+    shared = shards(tokens, rows, rank_and_world()[1] * scorer.lanes, packed=scorer.packed)
+    of_lanes = [scorer.micro_batches(tokens, shard, max_tokens // scorer.lanes, at_least) for shard in shared]
     order = np.argsort(rows)
     idle = rows[:1] if is_sharded(scorer.model) else rows[:0]
-    planned: list[list[Pass]] = [[] for _ in of_ranks]
-    for number in range(max(len(batches) for batches in of_ranks)):
-        here = [batches[number] if number < len(batches) else rows[:0] for batches in of_ranks]
+    planned: list[list[Pass]] = [[] for _ in of_lanes]
+    for number in range(max(len(batches) for batches in of_lanes)):
+        here = [batches[number] if number < len(batches) else rows[:0] for batches in of_lanes]
         largest = max(int(tokens.lengths[batch].sum()) for batch in here)
         for passes, batch in zip(planned, here, strict=True):
             places = torch.from_numpy(order[np.searchsorted(rows, batch, sorter=order)])
@@ -84,14 +86,20 @@ def plan(scorer: Scorer, tokens: TokenizedItems, rows: Rows, max_tokens: int, at
     return planned
 
 
-@torch.no_grad()
 def score_all(
     scorer: Scorer, tokens: TokenizedItems, rows: Rows, *, max_tokens: int, step: int = 0, instruction: bool = True
 ) -> Tensor:
     """Scores of all `rows` without gradients, shared among the workers: float64[N, 2] on every rank."""
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
-    for one in plan(scorer, tokens, rows, max_tokens)[rank_and_world()[0]] if len(rows) else []:
-        _score(scorer, tokens, one, table, step, instruction=instruction)
+
+    @torch.no_grad()
+    def run(passes: list[Pass]) -> None:
+        for one in passes:
+            _score(scorer, tokens, one, table, step, instruction=instruction)
+
+    if len(rows):
+        planned = plan(scorer, tokens, rows, max_tokens)
+        side_by_side([partial(run, passes) for passes in _own(scorer, planned)])
     release(scorer.model)
     return sum_over_workers(table)
 
@@ -119,42 +127,95 @@ def accumulate_gradients(
     `keep_tokens` tokens in all (one phase). The rest is scored without gradients, and once more when the weights dL/ds
     are known (two phases): the same result, bounded memory, a forward pass more.
     """
-    rank, world = rank_and_world()
     planned = plan(scorer, tokens, rows, max_tokens, at_least)
     due = _due(planned, links, len(rows))
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
-    scores = table
-    waiting: dict[int, tuple[Tensor, Any] | None] = {}
-    room = keep_tokens
-    for number, one in enumerate(planned[rank]):
+    lanes = [_Lane(scorer, tokens, passes, table, step, instruction) for passes in _own(scorer, planned)]
+    scores, room = table, keep_tokens
+    kept: dict[int, int] = {}  # tokens of the passes that wait with their graphs
+    for number, one in enumerate(lanes[0].passes):
         waits = due[number] > number
-        keeps = not waits or one.tokens <= room
-        with torch.set_grad_enabled(keeps):
-            scored = _score(scorer, tokens, one, table, step, instruction=instruction)
-        waiting[number] = (scored, scorer.state.snapshot()) if keeps else None
-        room -= one.tokens if waits and keeps else 0
+        size = one.tokens * len(lanes)
+        keeps = not waits or size <= room
+        side_by_side([partial(lane.forward, number, keeps) for lane in lanes])
+        if waits and keeps:
+            kept[number] = size
+            room -= size
         if number not in due:
             continue
         scores = sum_over_workers(table.clone()).requires_grad_()
         (weights,) = torch.autograd.grad(loss(scores), scores)
         if is_sharded(scorer.model):  # whose gradients are averaged over the workers
-            weights = weights * world
-        for earlier in [earlier for earlier in waiting if due[earlier] == number]:
-            other, graph = planned[rank][earlier], waiting.pop(earlier)
-            if graph is None:
-                scored = _score(scorer, tokens, other, table, step, instruction=instruction)
-            else:
-                scored, snapshot = graph
-                scorer.state.restore(snapshot)  # checkpointed layers run again
-                room += other.tokens if earlier < number else 0
-            if len(other.rows):
-                upstream = weights[other.places] if len(other.places) else torch.zeros_like(scored)
-                torch.autograd.backward(scored, upstream)
-            del scored, graph  # or they would live on beside the next pass's
-    scorer.state.clear()
+            weights = weights * rank_and_world()[1]
+        ready = [earlier for earlier in range(number + 1) if due[earlier] == number]
+        side_by_side([partial(lane.backward, ready, weights) for lane in lanes])
+        room += sum(kept.pop(earlier, 0) for earlier in ready)
+    for lane in lanes:
+        lane.finish()
     if not is_sharded(scorer.model):
         _sum_gradients(scorer.model)
     return scores.detach()
+
+
+class _Lane:
+    """The micro-batches of one lane, and what it keeps between their forward and backward passes."""
+
+    def __init__(
+        self, scorer: Scorer, tokens: TokenizedItems, passes: list[Pass], table: Tensor, step: int, instruction: bool
+    ) -> None:
+        self.passes = passes
+        self._score: Callable[[Pass], Tensor] = partial(
+            _score, scorer, tokens, table=table, step=step, instruction=instruction
+        )
+        self._state = scorer.state
+        self._parameters = trainable(scorer.model)
+        self._gradients: list[Tensor | None] | None = [None] * len(self._parameters) if scorer.lanes > 1 else None
+        self._graphs: dict[int, tuple[Tensor, Any]] = {}
+
+    def forward(self, number: int, keeps: bool) -> None:
+        """Enter the scores of a pass into the table; `keeps` its graph for `backward`."""
+        with torch.set_grad_enabled(keeps):
+            scored = self._score(self.passes[number])
+        if keeps:
+            self._graphs[number] = (scored, self._state.snapshot())
+        self._state.clear()
+
+    def backward(self, ready: list[int], weights: Tensor) -> None:
+        """Run passes backward, each item's score weighted by its row of `weights`."""
+        for number in ready:
+            one = self.passes[number]
+            if number in self._graphs:
+                scored, snapshot = self._graphs.pop(number)
+                self._state.restore(snapshot)  # checkpointed layers run again
+            else:
+                scored = self._score(one)
+            if len(one.rows):
+                self._add_gradients(scored, weights[one.places] if len(one.places) else torch.zeros_like(scored))
+            self._state.clear()
+            del scored  # or it would live on beside the next pass's
+
+    def _add_gradients(self, scored: Tensor, upstream: Tensor) -> None:
+        """To the parameters' own, where this lane is the only one: else the order of sums would be that of chance."""
+        if self._gradients is None:
+            torch.autograd.backward(scored, upstream)
+            return
+        found = torch.autograd.grad(scored, self._parameters, upstream, allow_unused=True)
+        for place, gradient in enumerate(found):
+            mine = self._gradients[place]
+            if gradient is not None:
+                self._gradients[place] = gradient.contiguous() if mine is None else mine.add_(gradient)
+
+    def finish(self) -> None:
+        """Add this lane's gradients to the parameters'."""
+        for parameter, gradient in zip(self._parameters, self._gradients or [], strict=False):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def _own(scorer: Scorer, planned: list[list[Pass]]) -> list[list[Pass]]:
+    """The lanes of this rank."""
+    first = rank_and_world()[0] * scorer.lanes
+    return planned[first : first + scorer.lanes]
 
 
 def _score(scorer: Scorer, tokens: TokenizedItems, one: Pass, table: Tensor, step: int, *, instruction: bool) -> Tensor:

@@ -78,12 +78,11 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float(sum((a[name] - b[name]).pow(2).sum() for name in a)) ** 0.5
 
 
-def test_items_are_shared_by_tokens(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longest first, each to the worker with the fewest tokens: every item once, loads within one tree's length."""
+def test_items_are_shared_by_tokens(world: World) -> None:
+    """Longest first, each to the lane with the fewest tokens: every item once, loads within one tree's length."""
     rows = np.arange(5, 24)
     for packed in (False, True):
-        monkeypatch.setattr(step, "rank_and_world", lambda: (0, 3))
-        shards = step.shards(world.tokens, rows, packed=packed)
+        shards = step.shards(world.tokens, rows, 3, packed=packed)
         assert sorted(np.concatenate(shards)) == rows.tolist()
         trees = [trees_of(world.tokens, shard, share=packed) for shard in shards]
         loads = [sum(tree_tokens(world.tokens, tree) for tree in group) for group in trees]
