@@ -1,18 +1,25 @@
-"""Lanes: on CPUs micro-batches run side by side, each on one core, rather than one after another on all of them.
+"""Lanes: on CPUs micro-batches run side by side, rather than one after another on all cores.
 
 A product that is split over cores waits for the slowest of them at every operation; micro-batches wait for each other
-once a step. A lane does its work in one thread, with one core to itself.
+once a step. A lane does its work in one thread, with its share of the cores.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
 
+LANE_TOKENS = 1024  # a lane has at least so many at a time: products of fewer rows are slow
+
 Result = TypeVar("Result")
+
+
+def lane_count(cores: int, max_tokens: int) -> int:
+    """Lanes of a worker with so many cores that takes `max_tokens` tokens at a time."""
+    return max(1, min(cores, max_tokens // LANE_TOKENS))
 
 
 def side_by_side(work: Sequence[Callable[[], Result]]) -> list[Result]:
@@ -22,22 +29,19 @@ def side_by_side(work: Sequence[Callable[[], Result]]) -> list[Result]:
     """
     if len(work) == 1:
         return [work[0]()]
-    with _one_core_each():
-        pending = [_pool().submit(function) for function in work]
+    cores = torch.get_num_threads()
+    try:
+        pending = [_pool().submit(partial(_with_cores, max(1, cores // len(work)), function)) for function in work]
         return [future.result() for future in pending]
+    finally:
+        torch.set_num_threads(cores)
+
+
+def _with_cores(cores: int, function: Callable[[], Result]) -> Result:
+    torch.set_num_threads(cores)  # torch counts its threads per thread, its matrix library for the whole process
+    return function()
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="lane", initializer=torch.set_num_threads, initargs=(1,))
-
-
-@contextmanager
-def _one_core_each() -> Iterator[None]:
-    """Torch's own threads are counted per thread, those of its matrix library for the whole process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="lane")

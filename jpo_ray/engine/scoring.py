@@ -41,7 +41,7 @@ class Scorer:
     dropout_seed: int
     device: torch.device
     autocast: torch.dtype | None  # compute dtype of matrix products, where it differs from the weights'
-    lanes: int  # micro-batches that run side by side
+    cores: int  # for micro-batches that run side by side; 1 where they run one after another
     packed: bool  # rows without padding, instruction parts shared; else one padded row per item
 
     def computed_tokens(self, tokens: TokenizedItems, rows: npt.NDArray[np.int64]) -> int:
@@ -85,7 +85,7 @@ def make_scorer(
         dropout_seed=dropout_seed,
         device=device,
         autocast=autocast,
-        lanes=torch.get_num_threads() if device.type == "cpu" else 1,
+        cores=torch.get_num_threads() if device.type == "cpu" else 1,
         packed=False,
     )
     found = replace(padded, packed=True) if packed and takes_cells and _packs(padded, ids[0]) else padded

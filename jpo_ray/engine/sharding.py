@@ -24,7 +24,7 @@ def shard(scorer: Scorer, device: torch.device) -> Scorer:
         fully_shard(layer, mesh=mesh)
     fully_shard(scorer.model, mesh=mesh)
     register_fsdp_forward_method(scorer.model, "score_laid")
-    return replace(scorer, device=device, lanes=1)  # gathering layers is one thread's work
+    return replace(scorer, device=device, cores=1)  # gathering layers is one thread's work
 
 
 def is_sharded(model: nn.Module) -> bool:

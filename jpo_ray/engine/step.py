@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jpo_ray.data.tokens import TokenizedItems
-from jpo_ray.engine.lanes import side_by_side
+from jpo_ray.engine.lanes import lane_count, side_by_side
 from jpo_ray.engine.micro_batches import tree_tokens, trees_of
 from jpo_ray.engine.scoring import Scorer, score_items
 from jpo_ray.engine.sharding import is_sharded, release
@@ -72,8 +72,9 @@ def plan(scorer: Scorer, tokens: TokenizedItems, rows: Rows, max_tokens: int, at
     A lane that has nothing left is idle; where the model is sharded it runs an item all the same, since such a model
     runs on all ranks or none.
     """
-    shared = shards(tokens, rows, rank_and_world()[1] * scorer.lanes, packed=scorer.packed)
-    of_lanes = [scorer.micro_batches(tokens, shard, max_tokens // scorer.lanes, at_least) for shard in shared]
+    lanes = lane_count(scorer.cores, max_tokens)
+    shared = shards(tokens, rows, rank_and_world()[1] * lanes, packed=scorer.packed)
+    of_lanes = [scorer.micro_batches(tokens, shard, max_tokens // lanes, at_least) for shard in shared]
     order = np.argsort(rows)
     idle = rows[:1] if is_sharded(scorer.model) else rows[:0]
     planned: list[list[Pass]] = [[] for _ in of_lanes]
@@ -99,7 +100,7 @@ def score_all(
 
     if len(rows):
         planned = plan(scorer, tokens, rows, max_tokens)
-        side_by_side([partial(run, passes) for passes in _own(scorer, planned)])
+        side_by_side([partial(run, passes) for passes in _own(planned)])
     release(scorer.model)
     return sum_over_workers(table)
 
@@ -130,7 +131,9 @@ def accumulate_gradients(
     planned = plan(scorer, tokens, rows, max_tokens, at_least)
     due = _due(planned, links, len(rows))
     table = torch.zeros(len(rows), 2, dtype=torch.float64, device=scorer.device)
-    lanes = [_Lane(scorer, tokens, passes, table, step, instruction) for passes in _own(scorer, planned)]
+    own = _own(planned)
+    score = partial(_score, scorer, tokens, table=table, step=step, instruction=instruction)
+    lanes = [_Lane(scorer, score, passes, alone=len(own) == 1) for passes in own]
     scores, room = table, keep_tokens
     kept: dict[int, int] = {}  # tokens of the passes that wait with their graphs
     for number, one in enumerate(lanes[0].passes):
@@ -160,16 +163,13 @@ def accumulate_gradients(
 class _Lane:
     """The micro-batches of one lane, and what it keeps between their forward and backward passes."""
 
-    def __init__(
-        self, scorer: Scorer, tokens: TokenizedItems, passes: list[Pass], table: Tensor, step: int, instruction: bool
-    ) -> None:
+    def __init__(self, scorer: Scorer, score: Callable[[Pass], Tensor], passes: list[Pass], *, alone: bool) -> None:
         self.passes = passes
-        self._score: Callable[[Pass], Tensor] = partial(
-            _score, scorer, tokens, table=table, step=step, instruction=instruction
-        )
+        self._score = score
         self._state = scorer.state
         self._parameters = trainable(scorer.model)
-        self._gradients: list[Tensor | None] | None = [None] * len(self._parameters) if scorer.lanes > 1 else None
+        # Where lanes added to the parameters' own gradients, the order of the sums would be that of chance.
+        self._gradients: list[Tensor | None] | None = None if alone else [None] * len(self._parameters)
         self._graphs: dict[int, tuple[Tensor, Any]] = {}
 
     def forward(self, number: int, keeps: bool) -> None:
@@ -195,7 +195,6 @@ class _Lane:
             del scored  # or it would live on beside the next pass's
 
     def _add_gradients(self, scored: Tensor, upstream: Tensor) -> None:
-        """To the parameters' own, where this lane is the only one: else the order of sums would be that of chance."""
         if self._gradients is None:
             torch.autograd.backward(scored, upstream)
             return
@@ -212,10 +211,11 @@ class _Lane:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def _own(scorer: Scorer, planned: list[list[Pass]]) -> list[list[Pass]]:
+def _own(planned: list[list[Pass]]) -> list[list[Pass]]:
     """The lanes of this rank."""
-    first = rank_and_world()[0] * scorer.lanes
-    return planned[first : first + scorer.lanes]
+    rank, world = rank_and_world()
+    lanes = len(planned) // world
+    return planned[rank * lanes : (rank + 1) * lanes]
 
 
 def _score(scorer: Scorer, tokens: TokenizedItems, one: Pass, table: Tensor, step: int, *, instruction: bool) -> Tensor:
