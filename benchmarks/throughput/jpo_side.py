@@ -1,6 +1,7 @@
 """This engine: its public parts, put together as `jpo_ray.engine.loop` does."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,10 @@ def run_jpo(job: Job, work: Work, batches: list[EdgeList]) -> Trace:
         policy.enable_input_require_grads()
     nothing = work.edges.take(rows[:0])
     data = PreferenceData(work.tokens, reference.numpy(), len(work.tokens), work.edges, nothing)
-    task = preference_task(make_scorer(policy), data, config, SEED, len(batches))
+    scorer = make_scorer(policy)
+    task = preference_task(scorer, data, config, SEED, len(batches))
+    # Products are counted in this thread alone: the first update has no lanes.
+    counted = preference_task(replace(scorer, cores=1), data, config, SEED, len(batches))
     optimizer = make_optimizer(trainable(policy), config)
     policy.train()
     memory = PeakMemory(job.device)
@@ -47,7 +51,7 @@ def run_jpo(job: Job, work: Work, batches: list[EdgeList]) -> Trace:
         started = now(job.device)
         optimizer.zero_grad(set_to_none=True)
         with counter if step == 0 else nullcontext():
-            metrics = task.gradients(step)
+            metrics = (counted if step == 0 else task).gradients(step)
         norms.append(float(torch.nn.utils.clip_grad_norm_(trainable(policy), config.max_grad_norm)))
         optimizer.step()
         seconds.append(now(job.device) - started)
