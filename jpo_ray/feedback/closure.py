@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from jpo_ray.feedback.strengths import GraphFacts, Strengths
+from jpo_ray.feedback.strengths import GraphFacts, Strengths, components
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -77,8 +75,7 @@ def implied_preferences(
     comes once, whichever of its items drew it.
     """
     count = len(graph.ids)
-    links = coo_array((np.ones(len(graph.first)), (graph.first, graph.second)), shape=(count, count))
-    component = connected_components(links, directed=False)[1].astype(np.int64)
+    component = components(count, graph.first, graph.second)
     members = np.argsort(component, kind="stable")  # those of a component stand together
     sizes = np.bincount(component)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])

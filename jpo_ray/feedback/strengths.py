@@ -21,6 +21,7 @@ from scipy.optimize import minimize
 from scipy.sparse import coo_array, csr_array, diags_array
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import cg
+from scipy.special import logsumexp
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -89,7 +90,7 @@ def fit_strengths(items: int, first: Ints, second: Ints, outcome: Ints, seed: in
         standard_error=np.sqrt(variance),
         tie=float(np.exp(log_tie)),
         prior_std=prior_std,
-        log_loss=float(-np.mean(_log_likelihood(difference, log_tie, outcome))),
+        log_loss=float(-np.mean(_log_likelihood(_log_probabilities(difference, log_tie), outcome))),
         agreement=float(np.mean(np.sign(difference) == outcome, where=decisive)) if decisive.any() else None,
     )
 
@@ -102,8 +103,9 @@ def _most_probable(
     def objective(x: Floats) -> tuple[float, Floats]:
         s, tie = (x[:-1], float(x[-1])) if fit_tie else (x, log_tie)
         difference = design_EN @ s
-        win, draw, loss = _probabilities(difference, tie)
-        value = -_log_likelihood(difference, tie, outcome).sum() + (s @ s) / (2 * prior_std**2)
+        logs = _log_probabilities(difference, tie)
+        win, draw, loss = np.exp(logs)
+        value = -_log_likelihood(logs, outcome).sum() + (s @ s) / (2 * prior_std**2)
         slope = design_EN.T @ ((win - loss - outcome) / 2) + s / prior_std**2
         if not fit_tie:
             return float(value), slope
@@ -114,26 +116,21 @@ def _most_probable(
     return (found[:-1], float(found[-1])) if fit_tie else (found, log_tie)
 
 
-def _probabilities(difference: Floats, log_tie: float) -> tuple[Floats, Floats, Floats]:
-    """P(first), P(tie), P(second)."""
+def _log_probabilities(difference: Floats, log_tie: float) -> Floats:
+    """log P(first), log P(tie) and log P(second): float64[3, E]."""
     logits = np.stack([difference / 2, np.full_like(difference, log_tie), -difference / 2])
-    weights = np.exp(logits - logits.max(axis=0))
-    win, draw, loss = weights / weights.sum(axis=0)
-    return win, draw, loss
+    logs: Floats = logits - logsumexp(logits, axis=0)
+    return logs
 
 
-def _log_likelihood(difference: Floats, log_tie: float, outcome: Ints) -> Floats:
-    logits = np.stack([difference / 2, np.full_like(difference, log_tie), -difference / 2])
-    most = logits.max(axis=0)
-    total = most + np.log(np.exp(logits - most).sum(axis=0))
-    seen = np.where(outcome == 0, log_tie if np.isfinite(log_tie) else 0.0, outcome * difference / 2)
-    likelihood: Floats = seen - total
+def _log_likelihood(logs: Floats, outcome: Ints) -> Floats:
+    likelihood: Floats = logs[1 - outcome, np.arange(len(outcome))]
     return likelihood
 
 
 def _curvature(difference: Floats, log_tie: float) -> Floats:
     """Fisher information of each comparison about the difference of strengths."""
-    win, _, loss = _probabilities(difference, log_tie)
+    win, _, loss = np.exp(_log_probabilities(difference, log_tie))
     information: Floats = ((win + loss) - (win - loss) ** 2) / 4
     return information
 
@@ -175,11 +172,17 @@ class GraphFacts:
         return self.intransitive / self.triples if self.triples else None
 
 
+def components(items: int, first: Ints, second: Ints) -> Ints:
+    """The component each item belongs to, int64[N]: items that chains of comparisons connect."""
+    links = coo_array((np.ones(len(first)), (first, second)), shape=(items, items))
+    label: Ints = connected_components(links, directed=False)[1].astype(np.int64)
+    return label
+
+
 def graph_facts(items: int, first: Ints, second: Ints, outcome: Ints) -> GraphFacts:
     """Connectivity of the comparisons, and how often three of them contradict each other."""
     count = len(first)
-    links = coo_array((np.ones(count), (first, second)), shape=(items, items))
-    components, label = connected_components(links, directed=False)
+    sizes = np.bincount(components(items, first, second))
     first, second, outcome = (column[outcome != 0] for column in (first, second, outcome))
     winner, loser = np.where(outcome > 0, first, second), np.where(outcome > 0, second, first)
     beats = csr_array(coo_array((np.ones(len(winner)), (winner, loser)), shape=(items, items)))
@@ -190,8 +193,8 @@ def graph_facts(items: int, first: Ints, second: Ints, outcome: Ints) -> GraphFa
     return GraphFacts(
         items=items,
         comparisons=count,
-        components=int(components),
-        largest_component=int(np.bincount(label).max()),
+        components=len(sizes),
+        largest_component=int(sizes.max()),
         per_item=2 * count / items,
         triples=circles + round(float(two_steps.multiply(beats).sum())),
         intransitive=circles,
