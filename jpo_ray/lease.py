@@ -62,7 +62,7 @@ def hold_lease(path: Path) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if in_main:
+        if handler is not None:  # None: not the main thread, or a handler that Python cannot put back
             signal.signal(INTERRUPT, handler)
         with _alone(path.parent):
             if _holder(path).get("token") == owner["token"]:
