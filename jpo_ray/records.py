@@ -34,6 +34,15 @@ ITEMS = pa.schema(
 # Ready-made labels that came with the data; `judge: labels` reads them.
 LABELS = pa.schema([("item_a", pa.string()), ("item_b", pa.string()), ("verdict", pa.string())])
 EMBEDDINGS = pa.schema([("instruction_id", pa.string()), ("vector", pa.list_(pa.float16()))])
+# Instructions so alike that one of them in training and the other in a test would leak.
+NEAR_DUPLICATES = pa.schema(
+    [
+        ("instruction_a", pa.string()),  # of the less protected split
+        ("instruction_b", pa.string()),
+        ("similarity", pa.float32()),
+        ("leaks", pa.bool_()),  # whether their splits differ
+    ]
+)
 PAIRS = pa.schema(
     [
         ("pair_id", pa.string()),

@@ -347,7 +347,7 @@ def test_a_run_that_failed_goes_on(jpo: Callable[..., int], tmp_path: Path, monk
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jpo_ray.pipeline.data_stages.build_items", full_disk)
+        patch.setattr("jpo_ray.pipeline.item_stage.build_items", full_disk)
         assert jpo("items") == 1
     assert files(tmp_path / "run") == {"run.json", "error.log"}
     assert jpo("items") == 0
@@ -372,7 +372,7 @@ def test_object_stores_are_refused_rather_than_made_into_folders(
 
 
 def test_a_cache_on_an_object_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jpo_ray.engine.reference import cache_folder
+    from jpo_ray.cache import cache_folder
 
     monkeypatch.setenv("JPO_CACHE", "s3://bucket/cache")
     with pytest.raises(InputError, match=r"JPO_CACHE=s3://bucket/cache: object stores are not supported yet"):

@@ -15,7 +15,7 @@ ROWS = [
     ["__init__", "errors"],
     ["lease"],
     ["records", "config", "runs"],
-    ["config_file"],
+    ["config_file", "cache"],
     ["data", "objectives"],
     ["sandbox", "pairs", "feedback", "engine"],
     ["evaluation"],

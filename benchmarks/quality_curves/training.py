@@ -29,10 +29,13 @@ TEMPERATURE = 0.5
 SAMPLING_BATCH = 64
 
 
-def train_curve(world: World, settings: TrainConfig, points: int) -> Iterator[Row]:
-    """Evaluations before, at `points` even distances and after. What updates cost counts, making batches included."""
-    seed = settings.seed or 0
-    policy = load_policy(world.sft, world.config.model, settings, seed=seed)
+def train_curve(world: World, settings: TrainConfig, points: int, policy: Any = None) -> Iterator[Row]:
+    """Evaluations before, at `points` even distances and after. What updates cost counts, making batches included.
+
+    `policy` is what to train, for a caller that wants it afterwards: then there is no evaluation before.
+    """
+    seed, from_start = settings.seed or 0, policy is None
+    policy = policy or load_policy(world.sft, world.config.model, settings, seed=seed)
     scorer = make_scorer(policy, dropout_seed=seed)
     check_margins(scorer, world.data, settings, world.config.model.dtype)
     parameters = trainable(policy)
@@ -43,7 +46,7 @@ def train_curve(world: World, settings: TrainConfig, points: int) -> Iterator[Ro
     stops = set(np.linspace(0, task.total_steps, points + 1).round().astype(int).tolist())
     spent = {"seconds": 0.0, "comparisons": 0, "items": 0}  # items: forward and backward passes
     for step in range(task.total_steps + 1):
-        if step in stops:
+        if step in stops and (step or from_start):
             policy.eval()
             point = {"step": step} | spent | _evaluate(world, policy, task.evaluate())
             # The policy is still the reference: all margins are 0, or rounding, which decides nothing.

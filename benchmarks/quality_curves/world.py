@@ -43,19 +43,31 @@ def make_world(
     count: int | None = None,
 ) -> World:
     """Train on comparisons of our own making, hold out the run's validation preferences."""
-    items = records.read_table(run / "items" / "items.parquet", records.ITEMS)
-    rows = joint_preferences(config, items, degree, count)
-    for row in records.read_table(run / "judge" / "preferences.parquet", records.PREFERENCES).to_pylist():
-        conditional = row["split"] == "train" and row["protocol"] == "conditional"
-        if row["split"] == "validation" or (conditional and arguments.conditional):
-            rows.append(row)
+    rows = joint_preferences(config, read_items(run), degree, count)
+    if arguments.conditional:
+        rows += [row for row in _run_preferences(run) if (row["split"], row["protocol"]) == ("train", "conditional")]
+    return world_of(config, run, settings, rows, arguments.win_rate_instructions)
+
+
+def world_of(config: RunConfig, run: Path, settings: TrainConfig, training: list[Row], instructions: int) -> World:
+    """A world with these training preferences and the run's validation ones."""
+    rows = training + [row for row in _run_preferences(run) if row["split"] == "validation"]
     tokenizer = load_tokenizer(run / "sft")
     with tempfile.TemporaryDirectory() as name:  # read as training reads a judge artifact
         records.write_table(Path(name) / "preferences.parquet", rows, records.PREFERENCES)
         inputs = PreferenceInputs(run / "sft", run / "items", Path(name), run / "reference")
         data = load_preferences(tokenizer, inputs, config.model, settings)
-    golds = [row for row in items.to_pylist() if row["gold"] and row["split"] == "validation"]
-    return World(config, run / "sft", tokenizer, data, golds[: arguments.win_rate_instructions])
+    golds = [row for row in read_items(run).to_pylist() if row["gold"] and row["split"] == "validation"]
+    return World(config, run / "sft", tokenizer, data, golds[:instructions])
+
+
+def read_items(run: Path) -> pa.Table:
+    return records.read_table(run / "items" / "items.parquet", records.ITEMS)
+
+
+def _run_preferences(run: Path) -> list[Row]:
+    rows: list[Row] = records.read_table(run / "judge" / "preferences.parquet", records.PREFERENCES).to_pylist()
+    return rows
 
 
 def joint_preferences(config: RunConfig, items: pa.Table, degree: int, count: int | None = None) -> list[Row]:

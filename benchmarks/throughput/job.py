@@ -22,7 +22,7 @@ class Job:
     device: str
     dtype: str
     micro_batch: int
-    warmup: int  # updates that are not timed; matrix products are counted in the first one
+    warmup: int  # updates that are not timed
     updates: int  # timed updates
     threads: int
     gradient_checkpointing: bool
@@ -41,7 +41,7 @@ class Trace:
     seconds: list[float]
     reference_s: float
     reference_comparisons: int  # that the reference pass served
-    first_flops: int
+    first_flops: int  # matrix products of the first update
     held_bytes: int
     peak_bytes: int
     parameters: int

@@ -1,6 +1,5 @@
 """This engine: its public parts, put together as `jpo_ray.engine.loop` does."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,23 +38,23 @@ def run_jpo(job: Job, work: Work, batches: list[EdgeList]) -> Trace:
     data = PreferenceData(work.tokens, reference.numpy(), len(work.tokens), work.edges, nothing)
     scorer = make_scorer(policy)
     task = preference_task(scorer, data, config, SEED, len(batches))
-    # Products are counted in this thread alone: the first update has no lanes.
-    counted = preference_task(replace(scorer, cores=1), data, config, SEED, len(batches))
     optimizer = make_optimizer(trainable(policy), config)
     policy.train()
     memory = PeakMemory(job.device)
     memory.start()
     losses, norms, seconds = [], [], []
-    counter = MatrixFlops()
     for step in range(len(batches)):
         started = now(job.device)
         optimizer.zero_grad(set_to_none=True)
-        with counter if step == 0 else nullcontext():
-            metrics = (counted if step == 0 else task).gradients(step)
+        metrics = task.gradients(step)
         norms.append(float(torch.nn.utils.clip_grad_norm_(trainable(policy), config.max_grad_norm)))
         optimizer.step()
         seconds.append(now(job.device) - started)
         losses.append(metrics["loss"])
+    above = memory.above()
+    # Products are counted in this thread alone, so without lanes, and when time and memory have been taken.
+    with MatrixFlops() as counter:
+        preference_task(replace(scorer, cores=1), data, config, SEED, len(batches)).gradients(0)
     return Trace(
         losses,
         norms,
@@ -64,6 +63,6 @@ def run_jpo(job: Job, work: Work, batches: list[EdgeList]) -> Trace:
         len(work.edges),
         counter.flops,
         memory.base,
-        memory.above(),
+        above,
         parameters,
     )

@@ -1,148 +1,296 @@
-"""Embedding and candidate blocks on Ray Data."""
+"""Candidate tiles on Ray Data, and the pairs chosen from them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from jpo_ray.cluster.session import require_resources, worker_resources
-from jpo_ray.config import ClusterConfig
-from jpo_ray.pairs.candidates import Candidates, Side, block_candidates, block_rows
-from jpo_ray.pairs.embedding import count_truncated, embed, embedder_path, load_embedder
-from jpo_ray.pairs.selection import candidates_per_row, select, too_few
+from jpo_ray.config import JointPairs
+from jpo_ray.errors import InputError
+from jpo_ray.pairs.candidates import Candidates, Search, joined
+from jpo_ray.pairs.clusters import cluster
+from jpo_ray.pairs.plans import Exact, Parts, Plan, grouped, run_task
+from jpo_ray.pairs.selection import Limits, candidates_per_row, select
+from jpo_ray.pairs.sides import Ints, Side
+from jpo_ray.pairs.strategies import STRATEGIES
 
-EMBED_BATCH = 64  # texts of similar length per forward pass
+CLUSTER_SIZE = 256  # of approximate candidates: rows that meet the same columns
+MOST_NEAR = 64  # clusters that a row may meet
+SAMPLED_ROWS = 256  # on which recall is measured
+COPIES = 8  # near-duplicates of an instruction that are looked at
+SAMPLED_COLUMNS = 4096  # that a cluster's rows meet at random, at least
 
-Advance = Callable[[int], None]
-
-
-def _silent(count: int) -> None:
-    """No progress bar."""
-
-
-class Embedder:
-    """Actor that embeds batches of texts; a row is one batch."""
-
-    def __init__(self, name: str, device: str, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        self.model = load_embedder(name, device)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        vectors = [embed(self.model, list(texts)) for texts in batch["texts"]]
-        return {
-            "batch": batch["batch"],
-            "vectors": [v.tobytes() for v in vectors],
-            "width": [v.shape[1] for v in vectors],
-            "truncated": [count_truncated(self.model, list(texts)) for texts in batch["texts"]],
-        }
+Vectors = npt.NDArray[np.float16]
+PlanOf = Callable[[Ints], Plan]
 
 
-def embed_texts(
-    ray: Any, config: ClusterConfig, name: str, texts: Sequence[str], advance: Advance
-) -> tuple[npt.NDArray[np.float16], int]:
-    """Normalised vectors of `texts` in an actor pool, float16[n, d], and how many texts the encoder cut short.
+@dataclass(frozen=True)
+class JointProblem:
+    """What to choose pairs of, and within which limits."""
 
-    Batches are formed here, by length, so that the vectors do not depend on the number of actors.
+    rows: Side
+    columns: Side  # the same object as `rows` where items are compared among themselves
+    vectors: Vectors  # float16[n, d] of the instructions
+    config: JointPairs
+    budget: int
+    seed: int
+    budget_key: str = "pairs.joint.budget"  # what the config calls the budget
+
+    @property
+    def symmetric(self) -> bool:
+        return self.rows is self.columns
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.budget, self.config.max_per_item, self.config.connected)
+
+    @property
+    def band(self) -> tuple[float, float]:
+        return self.config.min_similarity, self.config.max_similarity
+
+
+@dataclass(frozen=True)
+class JointChoice:
+    pairs: pa.Table  # columns row, column (numbers into the sides), similarity
+    notes: dict[str, Any]  # how candidates were found, where not by all pairs
+
+
+def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = None) -> JointChoice:
+    """Exactly the budgeted number of pairs.
+
+    Candidates are tasks of Ray Data over vectors shared through the object store; `parts` is a folder that keeps what
+    each task found, for a run that is killed and started again. Raises `InputError` where the band, the limits or the
+    groups leave too few pairs. Progress counts tasks.
     """
-    embedder_path(name)  # a missing package is an error here, not in an actor
-    wanted = worker_resources(ray, config, config.num_actors)
-    require_resources(ray, "pairs", [wanted] * config.num_actors)
-    order = np.argsort([len(text) for text in texts], kind="stable")
-    batches = [order[start : start + EMBED_BATCH] for start in range(0, len(order), EMBED_BATCH)]
-    rows = [{"batch": number, "texts": [texts[i] for i in members]} for number, members in enumerate(batches)]
-    embedded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Embedder,
-        fn_constructor_args=(name, "cuda" if wanted.get("GPU") else "cpu", int(wanted["CPU"])),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
-        num_cpus=wanted["CPU"],
-        num_gpus=wanted.get("GPU", 0),
-    )
-    vectors: npt.NDArray[np.float16] | None = None
-    truncated = 0
-    for row in embedded.iter_rows():
-        members = batches[row["batch"]]
-        if vectors is None:
-            vectors = np.empty((len(texts), row["width"]), dtype=np.float16)
-        vectors[members] = np.frombuffer(row["vectors"], dtype=np.float16).reshape(len(members), -1)
-        truncated += int(row["truncated"])
-        advance(len(members))
-    return (vectors if vectors is not None else np.empty((0, 0), dtype=np.float16)), truncated
-
-
-def joint_pairs(
-    ray: Any,
-    rows: Side,
-    columns: Side,
-    vectors: npt.NDArray[np.float16],
-    *,
-    strategy: str,
-    band: tuple[float, float],
-    budget: int,
-    seed: int,
-    budget_key: str = "pairs.joint.budget",
-    begin: Advance = _silent,
-    advance: Advance = _silent,
-) -> pa.Table:
-    """Exactly `budget` pairs: columns row, column (numbers into the sides), similarity.
-
-    Candidate blocks are tasks of Ray Data over vectors shared through the object store. Raises `InputError` where the
-    band leaves fewer pairs than the budget, and names the budget by its key in the config. Progress counts rows.
-    """
-    symmetric = rows is columns
-    per_row = min(candidates_per_row(budget, len(rows.keys)), len(columns.keys))
-    shared = ray.put((rows, columns, vectors))
+    rows, columns, limits = problem.rows, problem.columns, problem.limits
+    nodes, columns_from = (len(rows), 0) if problem.symmetric else (len(rows) + len(columns), len(rows))
+    _check_limits(problem, nodes)
+    bins = problem.config.bins if STRATEGIES[problem.config.strategy].bins else 1
+    keep = min(candidates_per_row(limits.budget, len(rows), bins), len(columns))
+    search = Search(problem.config.strategy, problem.band, keep, problem.seed, bins)
+    tiles = _Tiles(ray, (rows, columns, problem.vectors), bar, parts)
+    plan_of, exact, notes = _plan(tiles, problem, search)
+    found = tiles.run(plan_of(np.arange(len(rows))), search)
+    available = int(found.in_band.sum()) // (2 if problem.symmetric else 1)
+    if exact and available < limits.budget:
+        raise _too_few(problem, available)
+    kept = np.full(len(rows), keep)  # candidates of each row and bin that were kept
     while True:
-        begin(len(rows.keys))
-        found = _all_candidates(ray, shared, len(rows.keys), len(columns.keys), strategy, band, per_row, seed, advance)
-        available = found.in_band // 2 if symmetric else found.in_band
-        if available < budget:
-            raise too_few(budget, available, band, budget_key, grouped=rows.groups is not None)
-        chosen = select(found, budget, symmetric=symmetric)
-        if chosen is not None:
-            return pa.table({name: getattr(found, name)[chosen] for name in ("row", "column", "similarity")})
-        per_row = min(per_row * 2, len(columns.keys))
+        chosen = select(found, nodes, columns_from, limits)
+        missing = limits.budget - len(chosen.numbers)
+        lists = np.bincount(found.row.astype(np.int64) * bins + found.bin, minlength=len(rows) * bins)
+        more = lists.reshape(-1, bins) == np.minimum(kept, len(columns))[:, None]
+        more &= kept[:, None] < len(columns)
+        if not missing and chosen.components == 1:
+            more &= chosen.short
+        deeper = np.flatnonzero(more.any(axis=1) & ~chosen.full[: len(rows)])
+        if not len(deeper):
+            break
+        kept[deeper] = np.minimum(2 * kept[deeper], len(columns))
+        parts_of = [tiles.run(plan_of(deeper[kept[deeper] == size]), replace(search, keep=int(size)))
+                    for size in np.unique(kept[deeper])]  # fmt: skip
+        found = _replaced(found, deeper, parts_of, bins)
+    if missing:
+        raise _too_few(problem, len(chosen.numbers), exact=exact)
+    if chosen.components > 1:
+        raise InputError(
+            f"pairs.joint.connected: the pairs that {_limits_text(problem)} leave fall into {chosen.components} parts, "
+            f"which no pair joins; {_mend(problem)}"
+        )
+    _check_least(problem, found, chosen.numbers, nodes, columns_from)
+    table = {name: getattr(found, name)[chosen.numbers] for name in ("row", "column", "similarity")}
+    return JointChoice(pa.table(table), notes)
 
 
-def _all_candidates(
-    ray: Any,
-    shared: Any,
-    rows: int,
-    columns: int,
-    strategy: str,
-    band: tuple[float, float],
-    per_row: int,
-    seed: int,
-    advance: Advance,
-) -> Candidates:
-    size = block_rows(columns)
-    blocks = [{"start": start, "stop": min(start + size, rows)} for start in range(0, rows, size)]
+class _Tiles:
+    """Runs plans over one pair of sides. With `parts`, what a task found is kept there until all is done."""
+
+    def __init__(self, ray: Any, sides: tuple[Side, Side, Vectors], bar: Any, parts: Path | None) -> None:
+        self._ray, self._shared, self._bar, self._folder = ray, ray.put(sides), bar, parts
+        self._runs = 0
+
+    def run(self, plan: Plan, search: Search) -> Candidates:
+        """The candidates of all the plan's rows, by row."""
+        self._runs += 1
+        prefix = f"{self._runs}-{plan.tasks}-{search.keep}"
+        done = self._kept(prefix)
+        self._bar.begin(plan.tasks)
+        self._bar.advance(len(done))
+        left = [task for task in range(plan.tasks) if task not in done]
+        for task, found in _tasks_on_ray(self._ray, self._shared, plan, left, search):
+            done[task] = found
+            if self._folder is not None:
+                staged = self._folder / f".{prefix}-{task}"
+                staged.write_bytes(found)
+                staged.rename(self._folder / f"{prefix}-{task}.npz")
+            self._bar.advance(1)
+        return _by_row(joined([_decoded(done.pop(task)) for task in sorted(done)], search.bins))
+
+    def _kept(self, prefix: str) -> dict[int, bytes]:
+        if self._folder is None:
+            return {}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        paths = self._folder.glob(f"{prefix}-*.npz")
+        return {int(path.stem.rsplit("-", 1)[1]): path.read_bytes() for path in paths}
+
+
+def _tasks_on_ray(ray: Any, shared: Any, plan: Plan, tasks: list[int], search: Search) -> Iterator[tuple[int, bytes]]:
+    """Each task's candidates, encoded, as they are done."""
+    if not tasks:
+        return
+    shared_plan = ray.put(plan)
 
     def tile(batch: dict[str, Any]) -> dict[str, Any]:
-        sides = ray.get(shared)
-        block = np.arange(batch["start"][0], batch["stop"][0], dtype=np.int64)
-        found = block_candidates(block, *sides, strategy=strategy, band=band, per_row=per_row, seed=seed)
-        values = {name: [value] for name, value in found.__dict__.items()}
-        return values | {"start": batch["start"], "rows": [len(block)]}
+        task = int(batch["task"][0])
+        rows, columns, vectors = ray.get(shared)
+        found = run_task(ray.get(shared_plan), task, rows, columns, vectors, search)
+        return {"task": [task], "found": [encoded(found)]}
 
-    tiles = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(tile, batch_size=1, num_cpus=1)
-    parts = []
-    for part in tiles.iter_rows():
-        parts.append(part)
-        advance(int(part["rows"]))
-    parts.sort(key=lambda part: part["start"])
+    numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
+    for row in numbers.map_batches(tile, batch_size=1, num_cpus=1).iter_rows():
+        yield row["task"], row["found"]
 
-    def joined(name: str, dtype: Any) -> Any:
-        return np.concatenate([np.asarray(part[name], dtype=dtype) for part in parts])
 
-    return Candidates(
-        row=joined("row", np.int64),
-        column=joined("column", np.int64),
-        similarity=joined("similarity", np.float32),
-        priority=joined("priority", np.float64),
-        in_band=sum(int(part["in_band"]) for part in parts),
+def encoded(found: Candidates) -> bytes:
+    buffer = BytesIO()
+    np.savez(buffer, **found.__dict__)
+    return buffer.getvalue()
+
+
+def _decoded(stored: bytes) -> Candidates:
+    with np.load(BytesIO(stored), allow_pickle=False) as arrays:
+        return Candidates(**arrays)
+
+
+def _by_row(found: Candidates) -> Candidates:
+    """Rows in order: the choice must not depend on how they were spread over tasks."""
+    if (np.diff(found.row) >= 0).all():
+        return found
+    return _numbered(found, np.argsort(found.row, kind="stable"))
+
+
+def _numbered(found: Candidates, numbers: Ints) -> Candidates:
+    columns = {name: values[numbers] for name, values in found.__dict__.items() if name != "in_band"}
+    return replace(found, **columns)
+
+
+def _replaced(found: Candidates, rows: Ints, parts: list[Candidates], bins: int) -> Candidates:
+    """`found` with the candidates of some rows replaced by longer lists of them."""
+    others = _numbered(found, np.flatnonzero(~np.isin(found.row, rows)))
+    return replace(_by_row(joined([others, *parts], bins)), in_band=found.in_band)
+
+
+def _plan(tiles: _Tiles, problem: JointProblem, search: Search) -> tuple[PlanOf, bool, dict[str, Any]]:
+    """How rows meet columns, whether that is all of them, and what to tell about it."""
+    rows, columns = problem.rows, problem.columns
+    if rows.groups is not None and columns.groups is not None:
+        row_groups, column_groups = rows.groups, columns.groups
+        return lambda some: grouped(some, row_groups, column_groups), True, {}
+    if max(len(rows), len(columns)) <= problem.config.approximate_above:
+        return Exact, True, {}
+    strategy = STRATEGIES[problem.config.strategy]
+    clusters = cluster(problem.vectors, -(-len(columns) // CLUSTER_SIZE), problem.seed)
+    row_parts, column_parts = (clusters.of_vector[side.instructions] for side in (rows, columns))
+    near = clusters.nearest(MOST_NEAR)
+    rng = np.random.default_rng([problem.seed, 0x7265])
+    sample = np.sort(rng.choice(len(rows), min(SAMPLED_ROWS, len(rows)), replace=False))
+    truth = tiles.run(Exact(sample), search)
+    nearness = _nearness(near, row_parts[truth.row], column_parts[truth.column])
+    recall = np.cumsum(np.bincount(nearness, minlength=near.shape[1] + 1)[:-1]) / max(1, len(truth.row))
+    enough = int(np.searchsorted(recall, problem.config.min_recall)) + 1
+    notes: dict[str, Any] = {"clusters": len(near)}
+    in_band = truth.in_band.sum() / (len(sample) * len(columns))
+    extra = max(SAMPLED_COLUMNS, int(4 * search.keep * search.bins / max(in_band, 1e-9)))
+    if strategy.sampled and (enough > near.shape[1] or enough * CLUSTER_SIZE > extra):
+        if 2 * extra >= len(columns):
+            return Exact, True, {}
+        meets = near[:, : MOST_NEAR // 8 if strategy.near else 0]
+        notes |= {"columns met at random": extra}
+    else:
+        enough = min(enough, near.shape[1])
+        meets, extra = near[:, :enough], 0
+        notes |= {"clusters met": enough, "recall": round(float(recall[enough - 1]), 4)}
+    return lambda some: Parts.of(some, row_parts, column_parts, meets, extra, problem.seed), False, notes
+
+
+def _nearness(near: Ints, row_parts: Ints, column_parts: Ints) -> Ints:
+    """Place of each pair's column cluster among the nearest of its row's; the number of places where not among them."""
+    hit = near[row_parts] == column_parts[:, None]
+    return np.where(hit.any(axis=1), hit.argmax(axis=1), near.shape[1])
+
+
+def _check_limits(problem: JointProblem, nodes: int) -> None:
+    """Raise `InputError` where the limits contradict each other, whatever the similarities."""
+    config, limits = problem.config, problem.limits
+    key = problem.budget_key
+    if limits.max_per_item is not None and 2 * limits.budget > limits.max_per_item * nodes:
+        raise InputError(
+            f"pairs.joint.max_per_item: {nodes} items in at most {limits.max_per_item} pairs each make at most "
+            f"{limits.max_per_item * nodes // 2} pairs, the budget asks for {limits.budget}; raise it or lower {key}"
+        )
+    if config.min_per_item * nodes > 2 * limits.budget:
+        raise InputError(
+            f"pairs.joint.min_per_item: {nodes} items in at least {config.min_per_item} pairs each take at least "
+            f"{-(-config.min_per_item * nodes // 2)} pairs, the budget gives {limits.budget}; lower it or raise {key}"
+        )
+    if limits.connected and limits.budget < nodes - 1:
+        raise InputError(
+            f"pairs.joint.connected: it takes {nodes - 1} pairs to connect {nodes} items, the budget gives "
+            f"{limits.budget}; raise {key} or set connected: false"
+        )
+
+
+def _check_least(problem: JointProblem, found: Candidates, chosen: Ints, nodes: int, columns_from: int) -> None:
+    ends = np.concatenate([found.row[chosen], found.column[chosen] + columns_from])
+    degree = np.bincount(ends, minlength=nodes)
+    wanted = problem.config.min_per_item
+    if (degree < wanted).any():
+        raise InputError(
+            f"pairs.joint.min_per_item: {int((degree < wanted).sum())} of {nodes} items are in fewer than {wanted} "
+            f"pairs (the fewest: {int(degree.min())}); {_mend(problem)}, raise {problem.budget_key} or lower it"
+        )
+
+
+def _limits_text(problem: JointProblem) -> str:
+    low, high = problem.band
+    capped = f" and max_per_item {problem.limits.max_per_item}" if problem.limits.max_per_item else ""
+    within = " within the groups" if problem.rows.groups is not None else ""
+    return f"the similarity band [{low:g}, {high:g}]{capped}{within}"
+
+
+def _mend(problem: JointProblem) -> str:
+    mends = ["raise group_size"] if problem.rows.groups is not None else []
+    mends += ["raise max_per_item"] if problem.limits.max_per_item else []
+    return ", ".join([*mends, "widen min_similarity/max_similarity"])
+
+
+def _too_few(problem: JointProblem, available: int, *, exact: bool = True) -> InputError:
+    """The error of a band, groups or limits that leave fewer pairs than the budget."""
+    seen = "" if exact else " among the approximate candidates (raise approximate_above to look at all pairs)"
+    return InputError(
+        f"pairs.joint: {_limits_text(problem)} leaves {available} pairs{seen}, the budget asks for "
+        f"{problem.limits.budget}; {_mend(problem)} or lower {problem.budget_key}"
     )
+
+
+def near_duplicates(
+    ray: Any, vectors: Vectors, threshold: float, approximate_above: int, seed: int, bar: Any
+) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
+    """Pairs of instructions of cosine `threshold` or more: first and second int64[K], first < second, and the cosine.
+
+    Of each instruction only the nearest few are looked at: a crowd of copies is linked, not listed pair by pair.
+    """
+    every = Side(np.arange(len(vectors), dtype=np.uint64), np.arange(len(vectors)))
+    config = JointPairs(strategy="similar", min_similarity=threshold, approximate_above=approximate_above)
+    problem = JointProblem(every, every, vectors, config, budget=0, seed=seed)
+    search = Search("similar", problem.band, min(COPIES, len(vectors)), seed)
+    tiles = _Tiles(ray, (every, every, vectors), bar, None)
+    found = tiles.run(_plan(tiles, problem, search)[0](np.arange(len(vectors))), search)
+    low, high = np.minimum(found.row, found.column), np.maximum(found.row, found.column)
+    _, kept = np.unique(low.astype(np.int64) * len(vectors) + high, return_index=True)
+    return low[kept].astype(np.int64), high[kept].astype(np.int64), found.similarity[kept]

@@ -34,21 +34,20 @@ class ReferenceScorer:
         import torch
 
         with torch.no_grad():
-            scores = [score_items(self.scorer, _tokens(batch, row), range(_items(batch, row))) for row in _rows(batch)]
+            scores = [score_items(self.scorer, *unpacked(batch, row)) for row in range(len(batch["batch"]))]
         return {"batch": batch["batch"], "scores": [score.cpu().numpy().tobytes() for score in scores]}
 
 
-def _rows(batch: dict[str, Any]) -> range:
-    return range(len(batch["batch"]))
+def packed_rows(tokens: TokenizedItems, batches: list[npt.NDArray[np.int64]]) -> list[dict[str, Any]]:
+    """A row of a Ray dataset for each micro-batch."""
+    return [{"batch": number} | _packed(tokens, members) for number, members in enumerate(batches)]
 
 
-def _items(batch: dict[str, Any], row: int) -> int:
-    return len(batch["prompt_lengths"][row])
-
-
-def _tokens(batch: dict[str, Any], row: int) -> TokenizedItems:
+def unpacked(batch: dict[str, Any], row: int) -> tuple[TokenizedItems, range]:
+    """The items of one such row, and their numbers in it."""
     ids, offsets, prompts = (np.asarray(batch[name][row]) for name in ("ids", "offsets", "prompt_lengths"))
-    return TokenizedItems(ids.astype(np.int32), offsets.astype(np.int64), prompts.astype(np.int32), truncated=0)
+    tokens = TokenizedItems(ids.astype(np.int32), offsets.astype(np.int64), prompts.astype(np.int32), truncated=0)
+    return tokens, range(len(prompts))
 
 
 def reference_scores(
@@ -107,8 +106,7 @@ def _scored(
     wanted = worker_resources(ray, config, config.num_actors)
     require_resources(ray, "reference", [wanted] * config.num_actors)
     batches = micro_batches(tokens, missing, PASS_TOKENS, packed=True)
-    rows = [{"batch": number} | _packed(tokens, members) for number, members in enumerate(batches)]
-    scored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    scored = ray.data.from_items(packed_rows(tokens, batches), override_num_blocks=len(batches)).map_batches(
         ReferenceScorer,
         fn_constructor_args=(
             str(model),
@@ -118,7 +116,7 @@ def _scored(
             int(wanted["CPU"]),
         ),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(batches))),
         num_cpus=wanted["CPU"],
         num_gpus=wanted.get("GPU", 0),
     )

@@ -6,7 +6,7 @@ one response per instruction of the train and validation splits.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from jpo_ray import records
 from jpo_ray.data.formats import LabelVerdict, Row
 from jpo_ray.data.sources import SourceRows
 
+NOWHERE = ""  # the split of an instruction that is left out
 _SFT_SPLITS = ("train", "validation")
 _GOLD_SPLITS = ("validation", "test")
 _ITEM_COLUMNS = ("instruction_id", "instruction", "response", "source", "split")
@@ -61,8 +62,10 @@ class _Found:
     labels: list[_Label] = field(default_factory=list)
 
 
-def build_items(rows: Mapping[str, Sequence[SourceRows]], seed: int) -> ItemTables:
-    """Merge the rows of each split's sources into items and labels.
+def build_items(
+    rows: Mapping[str, Sequence[SourceRows]], seed: int, without: Collection[str] = frozenset()
+) -> ItemTables:
+    """Merge the rows of each split's sources into items and labels, leaving out the instructions of `without` (ids).
 
     An instruction that occurs in several splits stays in the most protected one: test, else validation. The response of
     D_S is the one that an SFT source gives, else one of the instruction's responses, drawn by a hash of `seed` and the
@@ -75,6 +78,7 @@ def build_items(rows: Mapping[str, Sequence[SourceRows]], seed: int) -> ItemTabl
     - `repeated`: rows dropped because an earlier row of their source has the instruction
     - `merged`: times that an instruction was met again in another source of its split
     - `leaked`: times that an instruction was taken out of a split because a more protected one has it
+    - `near_duplicates`: instructions of `without`
     - `leaked_labels`: labels dropped because an item was taken out
     - `identical_labels`: labels dropped because they compare an item with itself
     - `repeated_labels`: labels given again; `contradictory`: pairs dropped because their labels disagree
@@ -84,7 +88,9 @@ def build_items(rows: Mapping[str, Sequence[SourceRows]], seed: int) -> ItemTabl
         counts["skipped"] += sum(source.skipped.values())
         counts.update({f"skipped: {reason}": number for reason, number in source.skipped.items()})
     placed = list(_distinct_rows(rows, counts))
-    found = _collect(placed, _homes(placed, counts), counts)
+    homes = _homes(placed, counts) | dict.fromkeys(without, NOWHERE)
+    counts["near_duplicates"] = len(without)
+    found = _collect(placed, homes, counts)
     labels = _settle(found.labels, counts)
     sft = _choose_sft(found, seed)
     gold = _choose_gold(found, labels)

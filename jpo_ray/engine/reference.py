@@ -5,10 +5,6 @@ in it Parquet parts of rows keyed by the token ids that were scored. Loss, beta,
 changing them costs no reference pass; changing one token is a miss.
 """
 
-import hashlib
-import json
-import os
-import secrets
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,26 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from jpo_ray.cache import append_part, key_folder, read_parts
 from jpo_ray.data.tokens import Layout, TokenizedItems
 from jpo_ray.errors import InputError
-from jpo_ray.runs import write_json
 
 CACHE_FORMAT = 1
+KIND = "reference"
 PART = pa.schema([("sequence_id", pa.string()), ("instruction", pa.float64()), ("response", pa.float64())])
 
 # Largest difference between a fresh forward pass and the cache, in nats per token, that rounding explains.
 TOLERANCE_PER_TOKEN = {"float32": 1e-4, "bfloat16": 5e-2}
-
-
-def cache_folder() -> Path:
-    """`JPO_CACHE`, or `jpo-ray` in the user's cache folder. Raises `InputError` for an object store's address."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = os.environ.get("JPO_CACHE") or f"{home}/jpo-ray"
-    if "://" in folder:
-        raise InputError(f"JPO_CACHE={folder}: object stores are not supported yet; name a folder that all nodes see")
-    return Path(folder).expanduser()
 
 
 def reference_key(*, weights: str, tokenizer: str, layout: Layout, dtype: str, load_in_4bit: bool) -> dict[str, Any]:
@@ -52,16 +39,10 @@ def reference_key(*, weights: str, tokenizer: str, layout: Layout, dtype: str, l
     }
 
 
-def key_folder(cache: Path, key: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache / "reference" / digest
-
-
 def read_cache(cache: Path, key: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """All cached rows of a key: sequence id -> (instruction log-prob, response log-prob)."""
     found: dict[str, tuple[float, float]] = {}
-    for part in sorted(key_folder(cache, key).glob("part-*.parquet")):
-        table = pq.read_table(part, schema=PART)
+    for table in read_parts(key_folder(cache, KIND, key), PART):
         columns = (table[name].to_pylist() for name in PART.names)
         found.update(
             {sequence: (instruction, response) for sequence, instruction, response in zip(*columns, strict=True)}
@@ -70,17 +51,10 @@ def read_cache(cache: Path, key: dict[str, Any]) -> dict[str, tuple[float, float
 
 
 def append_cache(cache: Path, key: dict[str, Any], rows: Iterable[tuple[str, float, float]]) -> None:
-    """Add rows as a new part, written aside and renamed: a reader sees all of it or none."""
-    folder = key_folder(cache, key)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "key.json").exists():
-        write_json(folder / "key.json", key)
+    """Add rows as a new part."""
     names = PART.names
     table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], PART)
-    name = f"part-{secrets.token_hex(8)}.parquet"
-    staged = folder / f".{name}"
-    pq.write_table(table, staged, compression="zstd")
-    staged.rename(folder / name)
+    append_part(key_folder(cache, KIND, key), key, table)
 
 
 def missing_rows(tokens: TokenizedItems, cached: dict[str, tuple[float, float]]) -> npt.NDArray[np.int64]:

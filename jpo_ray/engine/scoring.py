@@ -133,12 +133,7 @@ def score_items(
     whoever uses the model otherwise clears it first.
     """
     laid = lay_out(tokens, np.asarray(rows, dtype=np.int64), packed=scorer.packed, instruction=instruction)
-    key_BL, position_BL = _tensor(laid.key_BL, scorer), _tensor(laid.position_BL, scorer)
-    scorer.state.tokens_BL = token_keys(scorer.dropout_seed, step, key_BL, position_BL)
-    scorer.state.cells = None
-    if scorer.packed:
-        token_N, cell_T = _tensor(laid.token_N, scorer), _tensor(laid.cell_T, scorer)
-        scorer.state.cells = Cells(token_N, cell_T, laid.buckets, laid.each_once)
+    position_BL = _begin_pass(scorer, laid, step)
     recomputed = scorer.state.recomputed
     with saved_tensors_hooks(recomputed.pack, recomputed.unpack):
         logprob_S = scorer.model.score_laid(scorer, laid, position_BL)
@@ -149,22 +144,58 @@ def score_items(
     return torch.stack([sums_P[_tensor(part, scorer)] for part in (laid.instruction_M, laid.response_M)], dim=1)
 
 
+@torch.no_grad()
+def response_embeddings(scorer: Scorer, tokens: TokenizedItems, rows: Sequence[int] | npt.NDArray[Any]) -> Tensor:
+    """Last hidden states that predict the response tokens of items `rows` (distinct), their mean: float32[M, D]."""
+    laid = lay_out(tokens, np.asarray(rows, dtype=np.int64), packed=scorer.packed, instruction=False)
+    position_BL = _begin_pass(scorer, laid, step=0)
+    hidden_SD = _hidden_states(scorer, laid, position_BL).float()
+    scorer.state.clear()
+    piece_S = _tensor(laid.piece_S, scorer)
+    sums_PD = torch.zeros(laid.pieces, hidden_SD.shape[1], device=scorer.device).index_add(0, piece_S, hidden_SD)
+    tokens_P = torch.bincount(piece_S, minlength=laid.pieces).clamp(min=1)
+    return (sums_PD / tokens_P[:, None])[_tensor(laid.response_M, scorer)]
+
+
+def _begin_pass(scorer: Scorer, laid: Laid, step: int) -> Tensor:
+    """Tell the layers what the tokens of the coming pass are; returns their positions."""
+    key_BL, position_BL = _tensor(laid.key_BL, scorer), _tensor(laid.position_BL, scorer)
+    scorer.state.tokens_BL = token_keys(scorer.dropout_seed, step, key_BL, position_BL)
+    scorer.state.cells = None
+    if scorer.packed:
+        token_N, cell_T = _tensor(laid.token_N, scorer), _tensor(laid.cell_T, scorer)
+        scorer.state.cells = Cells(token_N, cell_T, laid.buckets, laid.each_once)
+    return position_BL
+
+
 def _score_laid(model: Any, scorer: Scorer, laid: Laid, position_BL: Tensor) -> Tensor:
     """Log-probs float32[S] of the scored tokens. A method of the model, so that a sharded one gathers its weights."""
-    ids_BL, source_S, target_S = (_tensor(part, scorer) for part in (laid.ids_BL, laid.source_S, laid.target_S))
-    inputs: dict[str, Any] = {"input_ids": ids_BL, "use_cache": False}
-    if scorer.packed:  # a mask of the right rank, which attention by items ignores, lest one is made from the positions
-        inputs |= {"position_ids": position_BL, "attention_mask": torch.zeros(1, 1, 1, 1, device=scorer.device)}
+    target_S = _tensor(laid.target_S, scorer)
     with torch.autocast(scorer.device.type, scorer.autocast) if scorer.autocast else nullcontext():
         if scorer.head is None:
-            logits = model(**inputs).logits.flatten(0, 1)[source_S]
+            logits = model(**_inputs(scorer, laid, position_BL)).logits.flatten(0, 1)[_tensor(laid.source_S, scorer)]
             return -F.cross_entropy(logits.float(), target_S, reduction="none")
-        hidden_SD = scorer.backbone(**inputs).last_hidden_state.flatten(0, 1)[source_S]
+    hidden_SD = _hidden_states(scorer, laid, position_BL)
     dtype = scorer.autocast or hidden_SD.dtype
     weight_VD, bias_V = scorer.head.weight, scorer.head.bias
     return token_logprobs(
         hidden_SD.to(dtype), target_S, weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
     )
+
+
+def _hidden_states(scorer: Scorer, laid: Laid, position_BL: Tensor) -> Tensor:
+    """Last hidden states [S, D] from which the scored tokens are predicted."""
+    with torch.autocast(scorer.device.type, scorer.autocast) if scorer.autocast else nullcontext():
+        hidden_BLD = scorer.backbone(**_inputs(scorer, laid, position_BL)).last_hidden_state
+    hidden_SD: Tensor = hidden_BLD.flatten(0, 1)[_tensor(laid.source_S, scorer)]
+    return hidden_SD
+
+
+def _inputs(scorer: Scorer, laid: Laid, position_BL: Tensor) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": _tensor(laid.ids_BL, scorer), "use_cache": False}
+    if scorer.packed:  # a mask of the right rank, which attention by items ignores, lest one is made from the positions
+        inputs |= {"position_ids": position_BL, "attention_mask": torch.zeros(1, 1, 1, 1, device=scorer.device)}
+    return inputs
 
 
 def _tensor(array: npt.NDArray[Any], scorer: Scorer) -> Tensor:

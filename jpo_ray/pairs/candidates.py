@@ -1,116 +1,219 @@
-"""Candidate pairs: for each row item its best partners within the similarity band.
+"""Candidates by tiles: for each row item its best partners among some columns, within the similarity band.
 
-A strategy gives every ordered pair a priority (lower is better) that is a pure function of the two items and the seed.
-So the candidates do not depend on blocks, workers or order. A new strategy is one function in `PRIORITIES`.
+A block of rows meets its columns strip by strip: a matrix product gives the cosines, the strategy the priorities, and
+each row keeps its best so far. What is kept beats a row's threshold in one comparison per pair; only survivors are
+sorted. Memory is that of a strip, whatever the number of columns.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
-Keys = npt.NDArray[np.uint64]
+from jpo_ray.pairs.sides import Floats, Ints, Side
+from jpo_ray.pairs.strategies import STRATEGIES, Priorities, Tile
 
-BLOCK_ELEMENTS = 2**23  # of a block of the similarity matrix: 32 MiB
+BLOCK_ROWS = 2048  # of one task: float16 vectors are converted once for all of them
+STRIP = 2048  # columns at a time
+CHUNK_ROWS = 256  # rows at a time: tiles of 256 x 2048 stay in the processor's cache
+
+Small = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Side:
-    """Items on one side of the candidate matrix: R of them."""
+class Search:
+    """What is looked for. The band includes both its ends; `bins` equal parts of it are searched each for itself."""
 
-    keys: Keys  # uint64[R], from the item ids
-    instructions: npt.NDArray[np.int64]  # int64[R]: which instruction; its vector's row
-    groups: npt.NDArray[np.int64] | None = None  # int64[R]: only items of one group are compared, where given
+    strategy: str
+    band: tuple[float, float]
+    keep: int  # candidates of each row and bin
+    seed: int
+    bins: int = 1
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Ordered pairs (row, column), best first within a row; `in_band` counts all that the band admits."""
+    """Ordered pairs (row, column), by row and bin, best first within them."""
 
-    row: npt.NDArray[np.int64]
-    column: npt.NDArray[np.int64]
+    row: Small  # int32[K]
+    column: Small  # int32[K]
     similarity: Floats
-    priority: npt.NDArray[np.float64]
-    in_band: int
+    bin: npt.NDArray[np.uint8]
+    priority: npt.NDArray[np.uint32]  # in the order of the strategy's
+    in_band: Ints  # int64[bins]: all that there were to choose from
+
+    def renumbered(self, rows: Ints, columns: Ints | slice) -> "Candidates":
+        """With rows and columns numbered as in the whole that a block's were taken from."""
+        column = self.column if isinstance(columns, slice) else columns[self.column].astype(np.int32)
+        row = rows[self.row].astype(np.int32)
+        return Candidates(row, column, self.similarity, self.bin, self.priority, self.in_band)
 
 
-def random_priority(rows: Keys, columns: Keys, similarity: Floats, seed: int) -> npt.NDArray[np.float64]:  # noqa: ARG001
-    """Uniform in [0, 1), by hashing both keys; (i, j) and (j, i) differ, so mutual choices are rare."""
-    mixed = _mix(rows[:, None] + _mix(columns + np.uint64(seed))[None, :])
-    return (mixed >> np.uint64(11)).astype(np.float64) / 2**53
-
-
-def similar_priority(rows: Keys, columns: Keys, similarity: Floats, seed: int) -> npt.NDArray[np.float64]:
-    """Most similar first; exact ties in random order."""
-    return -similarity.astype(np.float64) + 1e-9 * random_priority(rows, columns, similarity, seed)
-
-
-Priority = Callable[[Keys, Keys, Floats, int], npt.NDArray[np.float64]]
-# `proxy` differs from `random` in its sides only: chosen items against rejected ones.
-PRIORITIES: dict[str, Priority] = {"random": random_priority, "similar": similar_priority, "proxy": random_priority}
-
-
-def block_rows(columns: int) -> int:
-    """Rows of the candidate matrix to treat at once."""
-    return max(1, BLOCK_ELEMENTS // max(1, columns))
-
-
-def block_candidates(
-    block: npt.NDArray[np.int64],
-    rows: Side,
-    columns: Side,
-    vectors: npt.NDArray[np.float16],
-    *,
-    strategy: str,
-    band: tuple[float, float],
-    per_row: int,
-    seed: int,
-) -> Candidates:
-    """The best `per_row` candidates of each row in `block` (numbers into `rows`), within the band, both ends included.
+def block_candidates(rows: Side, columns: Side, vectors: npt.NDArray[np.float16], search: Search) -> Candidates:
+    """The best `search.keep` candidates of each row, in each bin; numbers into `rows` and `columns`.
 
     Items of one instruction are never candidates: a comparison of them is conditional, not joint.
     """
-    similarity = (
-        vectors[rows.instructions[block]].astype(np.float32) @ vectors[columns.instructions].astype(np.float32).T
-    )
-    similarity = np.clip(similarity, -1, 1)
-    allowed = (similarity >= band[0]) & (similarity <= band[1])
-    allowed &= rows.instructions[block][:, None] != columns.instructions[None, :]
-    if rows.groups is not None and columns.groups is not None:
-        allowed &= rows.groups[block][:, None] == columns.groups[None, :]
-    priority = PRIORITIES[strategy](rows.keys[block], columns.keys, similarity, seed)
-    priority[~allowed] = np.inf
-    keep = min(per_row, priority.shape[1])
-    best = np.argpartition(priority, keep - 1, axis=1)[:, :keep]
-    values = np.take_along_axis(priority, best, axis=1)
-    order = np.argsort(values, axis=1, kind="stable")
-    best, values = np.take_along_axis(best, order, axis=1), np.take_along_axis(values, order, axis=1)
-    found = np.isfinite(values)
+    strategy = STRATEGIES[search.strategy]
+    best = _Best(len(rows) * search.bins, search.keep)
+    in_band = np.zeros(search.bins, dtype=np.int64)
+    same_row, same_column = _same_instruction(rows, columns)
+    left = vectors[rows.instructions].astype(np.float32)
+    for start in range(0, len(columns), STRIP):
+        strip = columns.take(slice(start, start + STRIP))
+        right = vectors[strip.instructions].astype(np.float32).T
+        in_strip = slice(*np.searchsorted(same_column, [start, start + STRIP]))
+        for top in range(0, len(rows), CHUNK_ROWS):
+            chunk = slice(top, top + CHUNK_ROWS)
+            here = (same_row[in_strip] >= top) & (same_row[in_strip] < top + CHUNK_ROWS)
+            same = same_row[in_strip][here] - top, same_column[in_strip][here] - start
+            cosine = left[chunk] @ right
+            priority = strategy.priority(Tile(rows.take(chunk), strip, cosine, search.seed))
+            worst = _worst(priority)
+            outside = _outside(cosine, search.band)
+            if outside is not None:
+                np.copyto(priority, worst, where=outside)
+            priority[same] = worst
+            if search.bins == 1:
+                lists = None
+                in_band += priority.size - _count(outside, same)
+            else:
+                lists = _bin_of(cosine, search)
+                in_band += np.bincount(lists[priority != worst], minlength=search.bins)
+                lists += (np.arange(len(cosine)) * search.bins)[:, None]
+            best.add(priority, cosine, lists, first_list=top * search.bins, first_column=start)
+    lists, column, similarity, priority = best.result()
     return Candidates(
-        row=np.repeat(block, keep).reshape(best.shape)[found],
-        column=best[found].astype(np.int64),
-        similarity=np.take_along_axis(similarity, best, axis=1)[found],
-        priority=values[found],
-        in_band=int(allowed.sum()),
+        row=(lists // search.bins).astype(np.int32),
+        column=column,
+        similarity=np.clip(similarity, -1, 1),
+        bin=(lists % search.bins).astype(np.uint8),
+        priority=priority,
+        in_band=in_band,
     )
 
 
-def random_groups(keys: Keys, count: int, seed: int) -> npt.NDArray[np.int64]:
-    """Spread items evenly over `count` groups at random, by their keys: int64[R]."""
-    groups = np.empty(len(keys), dtype=np.int64)
-    groups[np.argsort(_mix(keys + _mix(np.array([seed], dtype=np.uint64))))] = np.arange(len(keys)) * count // len(keys)
-    return groups
+def joined(parts: list[Candidates], bins: int) -> Candidates:
+    """Candidates of several blocks together."""
+
+    def whole(name: str, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+        return np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)], dtype=dtype)
+
+    total = sum((part.in_band for part in parts), np.zeros(bins, dtype=np.int64))
+    columns = {"row": np.int32, "column": np.int32, "similarity": np.float32, "bin": np.uint8, "priority": np.uint32}
+    return Candidates(**{name: whole(name, dtype) for name, dtype in columns.items()}, in_band=total)  # type: ignore[arg-type]
 
 
-def _mix(x: Keys) -> Keys:
-    """SplitMix64's finaliser: a bijective hash of uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+class _Best:
+    """The `keep` best of each list so far; lists are numbered from 0. Ties go to the lower column."""
+
+    def __init__(self, lists: int, keep: int) -> None:
+        self._lists, self._keep = lists, keep
+        self._threshold: Priorities | None = None  # of each list; only what is below it can still enter
+        self._parts: list[tuple[Ints, Small, Floats, Priorities]] = []
+        self._pending = 0
+
+    def add(
+        self, priority: Priorities, cosine: Floats, lists: Ints | None, *, first_list: int, first_column: int
+    ) -> None:
+        """A tile's pairs. `lists` int64[R, C] counts from `first_list`; None: each row is a list."""
+        if self._threshold is None:
+            self._threshold = np.full(self._lists, _worst(priority), dtype=priority.dtype)
+        if lists is None:
+            threshold = self._threshold[first_list : first_list + len(priority), None]
+            if priority.shape[1] > 4 * self._keep and threshold[0, 0] == _worst(priority):
+                # The first strip: its own best are a bound that spares sorting all of it.
+                bound = np.partition(priority, self._keep - 1, axis=1)[:, self._keep - 1, None]
+                threshold = np.minimum(threshold, _next_above(bound))
+        else:
+            threshold = self._threshold[first_list:][lists]
+        found = np.flatnonzero(priority < threshold)
+        if not len(found):
+            return
+        row, column = np.divmod(found, priority.shape[1])
+        number = row if lists is None else lists.ravel()[found]
+        self._parts.append(
+            (first_list + number, (first_column + column).astype(np.int32), cosine.ravel()[found],
+             priority.ravel()[found])
+        )  # fmt: skip
+        self._pending += len(found)
+        if self._pending > max(2**16, self._lists * self._keep):
+            self._merge()
+
+    def result(self) -> tuple[Ints, Small, Floats, npt.NDArray[np.uint32]]:
+        """List, column, cosine and priority (in order-preserving integers) of what is kept, list by list."""
+        if not self._parts:
+            return np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.uint32)
+        self._merge()
+        lists, column, cosine, priority = self._parts[0]
+        return lists, column, cosine, _sortable(priority)
+
+    def _merge(self) -> None:
+        lists, column, cosine, priority = (np.concatenate(values) for values in zip(*self._parts, strict=True))
+        # Stable, and what is found later has higher columns.
+        order = np.argsort(lists.astype(np.uint64) << np.uint64(32) | _sortable(priority), kind="stable")
+        in_order = lists[order]
+        rank = rank_in_run(in_order)
+        kept = order[rank < self._keep]
+        self._parts = [(lists[kept], column[kept], cosine[kept], priority[kept])]
+        self._pending = 0
+        assert self._threshold is not None
+        last = order[rank == self._keep - 1]
+        self._threshold[lists[last]] = priority[last]
 
 
-def item_keys(item_ids: list[str]) -> Keys:
-    """uint64 keys from hexadecimal item ids."""
-    return np.array([int(item_id[:16], 16) for item_id in item_ids], dtype=np.uint64)
+def rank_in_run(values: npt.NDArray[np.integer]) -> Ints:
+    """Place of each element within its run of equal neighbours, from 0: int64[K]."""
+    starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+    return np.arange(len(values)) - np.repeat(starts, np.diff(np.append(starts, len(values))))
+
+
+def _same_instruction(rows: Side, columns: Side) -> tuple[Ints, Ints]:
+    """(row, column) of all pairs of one instruction, by column."""
+    order = np.argsort(columns.instructions, kind="stable")
+    sorted_ = columns.instructions[order]
+    first, last = (np.searchsorted(sorted_, rows.instructions, side) for side in ("left", "right"))
+    row = np.repeat(np.arange(len(rows)), last - first)
+    column = order[np.arange(len(row)) + np.repeat(first - (np.cumsum(last - first) - (last - first)), last - first)]
+    by_column = np.argsort(column, kind="stable")
+    return row[by_column], column[by_column]
+
+
+def _outside(cosine: Floats, band: tuple[float, float]) -> npt.NDArray[np.bool_] | None:
+    """Where the band leaves out a pair; None where it leaves out none. Ends at -1 and 1 are open to rounding."""
+    low, high = band
+    parts = ([cosine < np.float32(low)] if low > -1 else []) + ([cosine > np.float32(high)] if high < 1 else [])
+    return parts[0] | parts[-1] if parts else None
+
+
+def _count(outside: npt.NDArray[np.bool_] | None, same: tuple[Ints, Ints]) -> int:
+    if outside is None:
+        return len(same[0])
+    outside[same] = True
+    return int(np.count_nonzero(outside))
+
+
+def _bin_of(cosine: Floats, search: Search) -> Ints:
+    low, high = search.band
+    scaled = (cosine - np.float32(low)) * np.float32(search.bins / (high - low))
+    return np.clip(scaled, 0, search.bins - 1).astype(np.int64)
+
+
+def _worst(priority: Priorities) -> np.generic:
+    """What no pair that may be chosen has."""
+    return np.uint32(0xFFFFFFFF) if priority.dtype == np.uint32 else np.float32(np.inf)
+
+
+def _next_above(values: Priorities) -> Priorities:
+    if values.dtype == np.uint32:
+        return np.where(values == _worst(values), values, values + np.uint32(1))
+    return np.nextafter(values, np.float32(np.inf))
+
+
+def _sortable(priority: Priorities) -> npt.NDArray[np.uint32]:
+    """Unsigned integers in the order of the priorities."""
+    if priority.dtype == np.uint32:
+        return priority
+    bits = priority.view(np.uint32)
+    negative = bits >> np.uint32(31) == 1
+    return np.where(negative, ~bits, bits | np.uint32(0x80000000))

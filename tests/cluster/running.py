@@ -25,3 +25,20 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def nothing(*_: Any) -> None:
     """Where progress would be shown."""
+
+
+class NoBar:
+    """Where progress would be shown: it remembers how far it came."""
+
+    def __init__(self) -> None:
+        self.total, self.done = 0, 0
+
+    def begin(self, total: int) -> None:
+        self.total, self.done = total, 0
+
+    def advance(self, count: int) -> None:
+        self.to(self.done + count)
+
+    def to(self, done: int) -> None:
+        assert self.done <= done <= self.total
+        self.done = done

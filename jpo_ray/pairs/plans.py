@@ -1,0 +1,104 @@
+"""Which columns each block of rows meets: all of them, those of its group, or some where there are too many."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from jpo_ray.pairs.candidates import BLOCK_ROWS, Candidates, Search, block_candidates, joined
+from jpo_ray.pairs.sides import Ints, Side
+
+
+class Plan(Protocol):
+    """Tasks that can run anywhere in any order; each has blocks of (rows, columns) to compare."""
+
+    @property
+    def tasks(self) -> int: ...
+
+    def blocks(self, task: int) -> Iterator[tuple[Ints, Ints | slice]]: ...
+
+
+def run_task(
+    plan: Plan, task: int, rows: Side, columns: Side, vectors: npt.NDArray[np.float16], search: Search
+) -> Candidates:
+    """The candidates of a task's rows, numbered as in `rows` and `columns`."""
+    parts = [
+        block_candidates(rows.take(some), columns.take(others), vectors, search).renumbered(some, others)
+        for some, others in plan.blocks(task)
+    ]
+    return joined(parts, search.bins)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Every row (those listed) meets every column."""
+
+    rows: Ints
+
+    @property
+    def tasks(self) -> int:
+        return -(-len(self.rows) // BLOCK_ROWS)
+
+    def blocks(self, task: int) -> Iterator[tuple[Ints, Ints | slice]]:
+        yield self.rows[task * BLOCK_ROWS : (task + 1) * BLOCK_ROWS], slice(None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows meet columns by the parts (groups, clusters) they belong to: part p's rows those of the parts `meets[p]`.
+
+    `extra` columns more, drawn at random for each block, are met too.
+    """
+
+    row_order: Ints  # rows by part
+    row_starts: Ints  # int64[P + 1]
+    column_order: Ints
+    column_starts: Ints
+    meets: Ints  # int64[P, M]
+    extra: int
+    seed: int
+
+    @classmethod
+    def of(cls, rows: Ints, row_parts: Ints, column_parts: Ints, meets: Ints, extra: int, seed: int) -> "Parts":
+        """`rows` are the rows to look at; `row_parts` and `column_parts` give the part of every row and column."""
+        by_part = rows[np.argsort(row_parts[rows], kind="stable")]
+        column_edges = np.arange(int(column_parts.max(initial=0)) + 2)
+        return cls(
+            row_order=by_part,
+            row_starts=np.searchsorted(row_parts[by_part], np.arange(len(meets) + 1)),
+            column_order=np.argsort(column_parts, kind="stable"),
+            column_starts=np.searchsorted(np.sort(column_parts), column_edges),
+            meets=meets,
+            extra=extra,
+            seed=seed,
+        )
+
+    @property
+    def tasks(self) -> int:
+        return -(-len(self.row_order) // BLOCK_ROWS)
+
+    def blocks(self, task: int) -> Iterator[tuple[Ints, Ints | slice]]:
+        """The task's rows, part by part: parts are not cut, so a task has those that start among its rows."""
+        starts = self.row_starts[:-1]
+        first, last = np.searchsorted(starts, [task * BLOCK_ROWS, (task + 1) * BLOCK_ROWS])
+        for part in range(first, last):
+            rows = self.row_order[self.row_starts[part] : self.row_starts[part + 1]]
+            for start in range(0, len(rows), BLOCK_ROWS):
+                yield rows[start : start + BLOCK_ROWS], self._columns(part)
+
+    def _columns(self, part: int) -> Ints:
+        near = [self.column_order[self.column_starts[p] : self.column_starts[p + 1]] for p in self.meets[part]]
+        columns = np.concatenate([np.empty(0, np.int64), *near])
+        if self.extra:
+            rng = np.random.default_rng([self.seed, 0x6578, part])
+            drawn = rng.integers(0, len(self.column_order), self.extra)
+            columns = np.unique(np.concatenate([columns, drawn]))
+        return np.sort(columns)
+
+
+def grouped(rows: Ints, row_groups: Ints, column_groups: Ints) -> Parts:
+    """Every row meets the columns of its group."""
+    count = int(max(row_groups.max(), column_groups.max())) + 1
+    return Parts.of(rows, row_groups, column_groups, np.arange(count)[:, None], extra=0, seed=0)

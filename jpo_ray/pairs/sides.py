@@ -1,0 +1,57 @@
+"""The items on one side of the candidate matrix, and hashes of them that stand in for random numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Items on one side of the candidate matrix: R of them."""
+
+    keys: Keys  # uint64[R], from the item ids
+    instructions: Ints  # int64[R]: which instruction; its vector's row
+    groups: Ints | None = None  # int64[R]: only items of one group are compared, where given
+    facts: Mapping[str, Floats] = field(default_factory=dict)  # float32[R] each: what strategies know of items
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: Ints | slice) -> "Side":
+        return replace(
+            self,
+            keys=self.keys[rows],
+            instructions=self.instructions[rows],
+            groups=None if self.groups is None else self.groups[rows],
+            facts={name: values[rows] for name, values in self.facts.items()},
+        )
+
+
+def item_keys(item_ids: list[str]) -> Keys:
+    """uint64 keys from hexadecimal item ids."""
+    return np.array([int(item_id[:16], 16) for item_id in item_ids], dtype=np.uint64)
+
+
+def mix(x: Keys) -> Keys:
+    """SplitMix64's finaliser: a bijective hash of uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def seeded(keys: Keys, seed: int, purpose: int) -> Keys:
+    """A hash of each key, another one for each seed and purpose."""
+    return mix(keys ^ mix(np.array([seed * 256 + purpose], dtype=np.uint64)))
+
+
+def random_groups(keys: Keys, count: int, seed: int) -> Ints:
+    """Spread items evenly over `count` groups at random, by their keys: int64[R]."""
+    groups = np.empty(len(keys), dtype=np.int64)
+    groups[np.argsort(seeded(keys, seed, purpose=0))] = np.arange(len(keys)) * count // len(keys)
+    return groups

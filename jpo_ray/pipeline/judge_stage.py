@@ -1,0 +1,203 @@
+"""The judge stage: pairs in, verdicts and preferences out; all pairs at once, or chosen in rounds."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jpo_ray import records
+from jpo_ray.config import AnnotatorConfig, ClosureConfig, SelectionConfig
+from jpo_ray.errors import InputError
+from jpo_ray.feedback.annotators import Annotator, label_annotator, score_annotator
+from jpo_ray.feedback.judge import comparisons_of, judge, judgment_counts, preferences
+from jpo_ray.pairs.choosing import Known, choose_next
+from jpo_ray.pairs.sides import item_keys
+from jpo_ray.pipeline.console import Bar, progress_bar
+from jpo_ray.pipeline.context import Context, Spec
+from jpo_ray.pipeline.item_stage import SANDBOX
+
+JUDGE_CHUNK = 2000  # comparisons between two updates of the progress bar
+
+Floats = npt.NDArray[np.float64]
+Rows = list[dict[str, Any]]
+
+
+def judge_specs(context: Context) -> list[Spec]:
+    inputs = {name: context.standing(name, name).fingerprint for name in ("items", "pairs")}
+
+    def make(out: Path) -> dict[str, Any]:
+        items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
+        pairs = records.read_table(context.path("pairs") / "pairs.parquet", records.PAIRS)
+        rows = _judgments(context, pairs, items)
+        records.write_table(out / "judgments.parquet", rows, records.JUDGMENTS)
+        decisive = preferences(pairs, rows)
+        counts = judgment_counts(rows) | {"preferences": len(decisive)}
+        if context.config.judge.closure:
+            implied, facts = _closure(context.config.judge.closure, pairs, items, rows, context.config.seed, out)
+            decisive += implied
+            counts |= facts
+        records.write_table(out / "preferences.parquet", decisive, records.PREFERENCES)
+        joint = set(pairs["pair_id"].filter(pc.equal(pairs["protocol"], "joint")).to_pylist())
+        if joint and all(row["verdict"] == "invalid" for row in rows if row["pair_id"] in joint):
+            counts["warning"] = (
+                "no joint pair has a verdict, so nothing is learned across instructions; with labels alone set "
+                "pairs.joint.strategy=proxy, or pairs.joint=null"
+            )
+        return counts
+
+    slice_ = {"judge": context.config.judge.model_dump(), "seed": context.config.seed}  # the strategy is in the pairs
+    selection = context.config.judge.selection
+    if selection and selection.policy:
+        inputs["policy"] = _policy_hash(Path(selection.policy).expanduser())
+    return [Spec("judge", "judge", inputs, slice_, make)]
+
+
+def _judgments(context: Context, pairs: pa.Table, items: pa.Table) -> Rows:
+    annotator = make_annotator(context, context.config.judge)
+    selection = context.config.judge.selection
+    with progress_bar(context.console, "judging comparisons") as bar:
+        if selection is None:
+            bar.begin(len(pairs))
+            return _judge(pairs, items, annotator, bar)
+        in_pool = pc.and_(pc.equal(pairs["protocol"], "joint"), pc.equal(pairs["split"], "train"))
+        pool, others = pairs.filter(in_pool), pairs.filter(pc.invert(in_pool))
+        if selection.budget > len(pool):
+            raise InputError(
+                f"judge.selection.budget: asks for {selection.budget} joint training pairs, `pairs` has {len(pool)}; "
+                "raise pairs.joint.budget (several times the judgments leave a choice) or lower it"
+            )
+        bar.begin(len(others) + selection.budget)
+        rows = _judge(others, items, annotator, bar)
+        return rows + _judge_in_rounds(context, selection, pool, pairs, rows, items, annotator, bar)
+
+
+def _judge(pairs: pa.Table, items: pa.Table, annotator: Annotator, bar: Bar) -> Rows:
+    rows: Rows = []
+    comparisons = comparisons_of(pairs, items)
+    for start in range(0, len(comparisons), JUDGE_CHUNK):
+        chunk = comparisons[start : start + JUDGE_CHUNK]
+        rows += judge(chunk, annotator)
+        bar.advance(len(chunk))
+    return rows
+
+
+def _judge_in_rounds(
+    context: Context,
+    selection: SelectionConfig,
+    pool: pa.Table,
+    pairs: pa.Table,
+    before: Rows,
+    items: pa.Table,
+    annotator: Annotator,
+    bar: Bar,
+) -> Rows:
+    """Judge `selection.budget` pairs of `pool`; `before` are the judgments of other pairs, which count as known."""
+    seed = context.config.seed
+    ids = sorted({*pool["item_a"].to_pylist(), *pool["item_b"].to_pylist()})
+    number = {item: place for place, item in enumerate(ids)}
+    first, second = (np.array([number[i] for i in pool[side].to_pylist()]) for side in ("item_a", "item_b"))
+    known = Known(item_keys(ids), np.zeros(len(ids)), np.ones(len(ids)), *_policy_facts(context, selection, ids, items))
+    judged = np.zeros(len(pool), dtype=bool)
+    rows: Rows = []
+    for turn in range(selection.rounds):
+        count = selection.budget * (turn + 1) // selection.rounds - len(rows)
+        if selection.strategy == "uncertainty":
+            known = _with_strengths(known, ids, pairs, before + rows, seed)
+        chosen = choose_next(selection.strategy, first, second, judged, known, count, seed + turn)
+        judged[chosen] = True
+        rows += _judge(pool.take(chosen), items, annotator, bar)
+    return rows
+
+
+def _policy_hash(folder: Path) -> str:
+    if not (folder / "adapter_config.json").exists():
+        raise InputError(f"judge.selection.policy: {folder}: is no adapter's folder")
+    from jpo_ray.cache import cache_folder
+    from jpo_ray.engine.model import weights_hash
+
+    return weights_hash(folder, cache_folder())
+
+
+def _policy_facts(
+    context: Context, selection: SelectionConfig, ids: Sequence[str], items: pa.Table
+) -> tuple[Floats | None, Floats | None]:
+    """Rewards float64[N] or embeddings float64[N, D] of the items, where the strategy needs them."""
+    if selection.policy is None:
+        return None, None
+    from jpo_ray.cluster.policy import Fact, policy_facts
+    from jpo_ray.data.tokens import tokenize
+    from jpo_ray.engine.jobs import layout_of
+    from jpo_ray.engine.model import load_tokenizer
+
+    folder, model = Path(selection.policy).expanduser().resolve(), context.config.model
+    place = {item: row for row, item in enumerate(items["item_id"].to_pylist())}
+    texts = items.take([place[item] for item in ids])
+    tokens = tokenize(
+        load_tokenizer(folder), layout_of(model), texts["instruction"].to_pylist(), texts["response"].to_pylist()
+    )
+    fact: Fact = "reward" if selection.strategy == "margin" else "embedding"
+    with progress_bar(context.console, "scoring items under the policy") as bar:
+        found = policy_facts(
+            context.ray(), context.config.cluster, tokens, adapter=folder, dtype=model.dtype,
+            load_in_4bit=model.load_in_4bit, fact=fact, bar=bar,
+        ).astype(np.float64)  # fmt: skip
+    return (found[:, 0], None) if fact == "reward" else (None, found)
+
+
+def _with_strengths(known: Known, ids: Sequence[str], pairs: pa.Table, judgments: Rows, seed: int) -> Known:
+    """Strengths of the items as far as the judgments tell; of those not judged yet nothing is known."""
+    from jpo_ray.feedback.closure import item_graph
+    from jpo_ray.feedback.strengths import fit_strengths
+
+    graph = item_graph(pairs, judgments, "train")
+    if not len(graph.first):
+        return known
+    fitted = fit_strengths(len(graph.ids), graph.first, graph.second, graph.outcome, seed)
+    place = {item: number for number, item in enumerate(graph.ids)}
+    met = np.array([place.get(item, -1) for item in ids])
+    return replace(
+        known,
+        strength=np.where(met >= 0, fitted.strength[met], 0.0),
+        standard_error=np.where(met >= 0, fitted.standard_error[met], fitted.prior_std),
+    )
+
+
+def _closure(
+    config: ClosureConfig, pairs: pa.Table, items: pa.Table, judgments: Rows, seed: int, out: Path
+) -> tuple[Rows, dict[str, Any]]:
+    """Implied training preferences, and what the fit says of the judgments; every item's strength goes to `out`."""
+    from jpo_ray.feedback.closure import implied_rows, item_graph, warning
+    from jpo_ray.feedback.strengths import fit_strengths, graph_facts
+
+    graph = item_graph(pairs, judgments, "train")
+    if not len(graph.first):
+        raise InputError("judge.closure: no judgment of a training pair to fit strengths to; set judge.closure: null")
+    facts = graph_facts(len(graph.ids), graph.first, graph.second, graph.outcome)
+    fitted = fit_strengths(len(graph.ids), graph.first, graph.second, graph.outcome, seed)
+    records.write_table(out / "strengths.parquet", graph.table(fitted, "train"), records.STRENGTHS)
+    rows = implied_rows(graph, fitted, items, config.per_item, config.min_probability, seed)
+    shown = {
+        "implied": len(rows),
+        "components": facts.components,
+        "intransitive_share": facts.intransitive_share,
+        "strengths_agree": fitted.agreement,
+        "reliability": fitted.reliability,
+        "warning": warning(facts, fitted),
+    }
+    return rows, {name: value for name, value in shown.items() if value is not None}
+
+
+def make_annotator(context: Context, config: AnnotatorConfig) -> Annotator:
+    """The configured annotator."""
+    if config.annotator == "labels":
+        labels = records.read_table(context.path("items") / "labels.parquet", records.LABELS)
+        joint = context.config.pairs.joint
+        return label_annotator(labels, proxy=joint is not None and joint.strategy == "proxy")
+    from jpo_ray.sandbox import quality
+
+    return score_annotator(SANDBOX, quality, noise=config.noise, tie_band=config.tie_band, seed=context.config.seed)

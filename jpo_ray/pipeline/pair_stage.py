@@ -1,0 +1,264 @@
+"""The pairs stage: embeddings of instructions, near-duplicates among them, and which items to compare."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jpo_ray import records
+from jpo_ray.config import JointPairs, PairsConfig
+from jpo_ray.errors import InputError
+from jpo_ray.pairs.clusters import cluster
+from jpo_ray.pairs.embedding import vector_column, vectors_of
+from jpo_ray.pairs.sides import Side, item_keys, random_groups
+from jpo_ray.pairs.strategies import STRATEGIES
+from jpo_ray.pipeline.console import progress_bar
+from jpo_ray.pipeline.context import Context, Spec
+
+ITEM_COLUMNS = ["item_id", "instruction_id", "split", "sft"]
+LEAKS_INTO = {"train": ("validation", "test"), "validation": ("test",), "test": ()}  # split -> more protected ones
+
+Vectors = npt.NDArray[np.float16]
+
+
+def pairs_specs(context: Context) -> list[Spec]:
+    items = context.standing("items", "items").fingerprint
+    embeddings = Spec(
+        "embeddings",
+        "pairs",
+        {"items": items},
+        embedding_slice(context.config.pairs),
+        lambda out: _embed(context, out),
+    )
+    pairs = Spec(
+        "pairs",
+        "pairs",
+        {"items": items, "embeddings": embeddings.fingerprint},
+        {"pairs": context.config.pairs.model_dump(), "seed": context.config.seed},
+        lambda out: _pair_resumably(context, out),
+        keep_partial=True,  # tiles that were done before a kill
+    )
+    return [embeddings, pairs]
+
+
+def embedding_slice(config: PairsConfig) -> dict[str, Any]:
+    """What vectors, and the near-duplicates found by them, depend on besides the instructions."""
+    return {
+        "embedder": config.embedder,
+        "revision": config.embedder_revision,
+        "near_duplicates": config.near_duplicates,
+    }
+
+
+def leaking_instructions(context: Context, items: pa.Table) -> set[str]:
+    """Ids of train and validation instructions that are near-duplicates of one in a more protected split."""
+    ids, vectors, _ = _vectors(context, items)
+    return {row["instruction_a"] for row in _duplicates(context, items, ids, vectors) if row["leaks"]}
+
+
+def _embed(context: Context, out: Path) -> dict[str, Any]:
+    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
+    ids, vectors, counts = _vectors(context, items)
+    records.write_table(
+        out / "embeddings.parquet",
+        pa.table([ids, vector_column(vectors)], schema=records.EMBEDDINGS),
+        records.EMBEDDINGS,
+    )
+    if context.config.pairs.near_duplicates is None:
+        return counts
+    duplicates = _duplicates(context, items, ids, vectors)
+    records.write_table(out / "near_duplicates.parquet", duplicates, records.NEAR_DUPLICATES)
+    leaks = len({row["instruction_a"] for row in duplicates if row["leaks"]})
+    counts |= {"near-duplicate pairs": len(duplicates), "instructions that leak": leaks}
+    if leaks:
+        counts["warning"] = (
+            f"{leaks} train or validation instructions are near-duplicates (cosine "
+            f"{context.config.pairs.near_duplicates:g} or more) of one in a more protected split; "
+            "near_duplicates.parquet lists them, items.drop_near_duplicates=true leaves them out"
+        )
+    return counts
+
+
+def _vectors(context: Context, items: pa.Table) -> tuple[list[str], Vectors, dict[str, Any]]:
+    """Ids and vectors of all distinct instructions, and what to tell about them."""
+    from jpo_ray.cluster.embedding import embed_texts
+
+    texts = dict(zip(items["instruction_id"].to_pylist(), items["instruction"].to_pylist(), strict=True))
+    config = context.config
+    with progress_bar(context.console, "embedding instructions") as bar:
+        found = embed_texts(context.ray(), config.cluster, config.pairs, texts, bar)
+    counts = {"instructions": len(texts), "dimensions": int(found.vectors.shape[1]), "from cache": found.cached}
+    return list(texts), found.vectors, counts | {"longer than the encoder reads": found.truncated}
+
+
+def _duplicates(context: Context, items: pa.Table, ids: Sequence[str], vectors: Vectors) -> list[dict[str, Any]]:
+    """Rows of `records.NEAR_DUPLICATES`; `instruction_a` is of the less protected split."""
+    from jpo_ray.cluster.pairing import near_duplicates
+
+    config = context.config.pairs
+    assert config.near_duplicates is not None
+    above = (config.joint or JointPairs()).approximate_above
+    with progress_bar(context.console, "near-duplicate instructions") as bar:
+        first, second, similarity = near_duplicates(
+            context.ray(), vectors, config.near_duplicates, above, context.config.seed, bar
+        )
+    split_of = dict(zip(items["instruction_id"].to_pylist(), items["split"].to_pylist(), strict=True))
+    rows = []
+    for one, other, cosine in zip(first.tolist(), second.tolist(), similarity.tolist(), strict=True):
+        a, b = sorted((ids[one], ids[other]), key=lambda name: (records.SPLITS.index(split_of[name]), name))
+        leaks = split_of[b] in LEAKS_INTO[split_of[a]]
+        rows.append({"instruction_a": a, "instruction_b": b, "similarity": cosine, "leaks": leaks})
+    return rows
+
+
+def _pair_resumably(context: Context, out: Path) -> dict[str, Any]:
+    """Tiles that were done outlive a kill, but not a config that cannot be met."""
+    tiles = out / "tiles"
+    try:
+        counts = _pair(context, out, tiles)
+    except InputError:
+        shutil.rmtree(tiles, ignore_errors=True)
+        raise
+    shutil.rmtree(tiles, ignore_errors=True)
+    return counts
+
+
+def _pair(context: Context, out: Path, tiles: Path) -> dict[str, Any]:
+    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS).select(ITEM_COLUMNS)
+    embeddings = records.read_table(context.path("embeddings") / "embeddings.parquet", records.EMBEDDINGS)
+    row_of = {name: row for row, name in enumerate(embeddings["instruction_id"].to_pylist())}
+    vectors = vectors_of(embeddings["vector"])
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, Any] = {}
+    for split in ("train", "validation"):
+        here = items.filter(pc.equal(items["split"], split)).to_pylist()
+        if context.config.pairs.conditional:
+            rows += _conditional(here, split)
+        if context.config.pairs.joint and here:
+            rows += _labelled(context, here, split, row_of, vectors)
+            joint, found = _joint(context, here, split, row_of, vectors, tiles / split)
+            rows += joint
+            notes |= {f"{split} {name}": value for name, value in found.items()}
+    distinct = list({row["pair_id"]: row for row in reversed(rows)}.values())[::-1]  # a labelled pair stays as such
+    table = records.write_table(out / "pairs.parquet", distinct, records.PAIRS)
+    kinds = list(zip(table["split"].to_pylist(), table["protocol"].to_pylist(), strict=True))
+    return {f"{split} {protocol}": kinds.count((split, protocol)) for split, protocol in dict.fromkeys(kinds)} | notes
+
+
+def _conditional(items: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """All pairs of responses of each instruction."""
+    of_instruction: dict[str, list[str]] = {}
+    for item in items:
+        of_instruction.setdefault(item["instruction_id"], []).append(item["item_id"])
+    return [
+        _pair_row(a, b, "conditional", 1.0, "conditional", split)
+        for members in of_instruction.values()
+        for place, a in enumerate(members)
+        for b in members[place + 1 :]
+    ]
+
+
+def _labelled(
+    context: Context, items: list[dict[str, Any]], split: str, row_of: dict[str, int], vectors: Vectors
+) -> list[dict[str, Any]]:
+    """The joint comparisons that the data have labels for: all of them, beside the budget and the band."""
+    instruction_of = {item["item_id"]: item["instruction_id"] for item in items}
+    rows = []
+    for label in records.read_table(context.path("items") / "labels.parquet", records.LABELS).to_pylist():
+        a, b = (instruction_of.get(label[side]) for side in ("item_a", "item_b"))
+        if a is not None and b is not None and a != b:
+            similarity = float(vectors[row_of[a]].astype(np.float32) @ vectors[row_of[b]].astype(np.float32))
+            rows.append(_pair_row(label["item_a"], label["item_b"], "joint", similarity, "labelled", split))
+    return rows
+
+
+def _joint(
+    context: Context, items: list[dict[str, Any]], split: str, row_of: dict[str, int], vectors: Vectors, tiles: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Joint pairs of one split by the configured strategy; as many as D_S has items unless a budget says otherwise."""
+    from jpo_ray.cluster.pairing import JointProblem, joint_pairs
+
+    config, seed = context.config.pairs.joint, context.config.seed
+    assert config is not None
+    members = [item for item in items if item["sft"]]
+    budget = (config.budget if split == "train" else config.validation_budget) or _default_budget(config, len(members))
+    if not budget:
+        return [], {}
+    left, right = (members, members) if config.strategy != "proxy" else _chosen_and_rejected(context, items)
+    if not left or not right:
+        if split == "validation":
+            return [], {}
+        raise InputError("pairs.joint.strategy: proxy needs labelled comparisons in items.train; there are none")
+    groups = -(-len(left) // config.group_size) if config.group_size else None
+    rows = _side(left, row_of, groups, vectors, config, seed)
+    columns = rows if right is left else _side(right, row_of, groups, vectors, config, seed)
+    key = "pairs.joint.budget" if split == "train" else "pairs.joint.validation_budget"
+    problem = JointProblem(rows, columns, vectors, config, budget, seed, key)
+    with progress_bar(context.console, f"candidate pairs ({split})") as bar:
+        choice = joint_pairs(context.ray(), problem, bar, tiles)
+    pairs = [
+        _pair_row(left[pair["row"]]["item_id"], right[pair["column"]]["item_id"], "joint", pair["similarity"],
+                  config.strategy, split)
+        for pair in choice.pairs.to_pylist()
+    ]  # fmt: skip
+    return pairs, choice.notes
+
+
+def _default_budget(config: JointPairs, items: int) -> int:
+    """As many pairs as items, as in the paper, as far as there are so many and the limits allow."""
+    most = items * (items - 1) // 2
+    if config.max_per_item is not None:
+        most = min(most, items * config.max_per_item // 2)
+    return min(items * max(1, config.min_per_item), most)
+
+
+def _chosen_and_rejected(
+    context: Context, items: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Items that are only ever chosen, and only ever rejected, by the ready-made labels."""
+    chosen, rejected = set(), set()
+    for label in records.read_table(context.path("items") / "labels.parquet", records.LABELS).to_pylist():
+        if label["verdict"] in ("a", "b"):
+            winner, loser = ("item_a", "item_b") if label["verdict"] == "a" else ("item_b", "item_a")
+            chosen.add(label[winner])
+            rejected.add(label[loser])
+    return (
+        [item for item in items if item["item_id"] in chosen - rejected],
+        [item for item in items if item["item_id"] in rejected - chosen],
+    )
+
+
+def _side(
+    items: list[dict[str, Any]],
+    row_of: dict[str, int],
+    groups: int | None,
+    vectors: Vectors,
+    config: JointPairs,
+    seed: int,
+) -> Side:
+    keys = item_keys([item["item_id"] for item in items])
+    instructions = np.array([row_of[item["instruction_id"]] for item in items], dtype=np.int64)
+    facts = {}
+    if STRATEGIES[config.strategy].clusters:
+        of_item = cluster(vectors[instructions], config.clusters, seed).of_vector
+        facts["cluster_size"] = np.bincount(of_item)[of_item].astype(np.float32)
+    return Side(keys, instructions, None if groups is None else random_groups(keys, groups, seed), facts)
+
+
+def _pair_row(a: str, b: str, protocol: str, similarity: float, strategy: str, split: str) -> dict[str, Any]:
+    """Sorted by id, so that neither the chosen item nor the row's own one always stands first."""
+    first, second = sorted((a, b))
+    return {
+        "pair_id": records.pair_id(a, b, protocol),
+        "item_a": first,
+        "item_b": second,
+        "protocol": protocol,
+        "similarity": similarity,
+        "strategy": strategy,
+        "split": split,
+    }
