@@ -146,7 +146,7 @@ def _apart(name: str, **options: Any) -> Row:
     with tempfile.TemporaryDirectory(prefix="pairing-") as folder:
         out = Path(folder) / "found.json"
         command = [sys.executable, __file__, "--worker", name, json.dumps(options), str(out)]
-        done = subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "2"})
+        done = subprocess.run(command, check=False)
         if options.get("kill"):
             return {"killed": done.returncode == -signal.SIGKILL}
         if done.returncode:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from threadpoolctl import threadpool_limits
 
 from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
@@ -148,7 +149,8 @@ def _tasks_on_ray(ray: Any, shared: Any, plan: Plan, tasks: list[int], search: S
     def tile(batch: dict[str, Any]) -> dict[str, Any]:
         task = int(batch["task"][0])
         rows, columns, vectors = ray.get(shared)
-        found = run_task(ray.get(shared_plan), task, rows, columns, vectors, search)
+        with threadpool_limits(1):  # a task has one core, whatever the environment says
+            found = run_task(ray.get(shared_plan), task, rows, columns, vectors, search)
         return {"task": [task], "found": [encoded(found)]}
 
     numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))

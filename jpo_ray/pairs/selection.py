@@ -107,7 +107,7 @@ def _in_rounds(found: Candidates) -> Ints:
     """Numbers of the candidates, first choices first."""
     lists = found.row.astype(np.int64) * len(found.in_band) + found.bin
     rank = rank_in_run(lists).astype(np.uint64)
-    return np.argsort(rank << np.uint64(32) | found.priority, kind="stable")
+    return np.argsort(rank << np.uint64(32) | found.order, kind="stable")
 
 
 def _available(found: Candidates, *, symmetric: bool) -> Ints:

@@ -1,6 +1,6 @@
 """Strategies: which of an item's possible partners come first.
 
-A strategy is one function that gives every ordered pair (row item, column item) of a tile a priority, lower is better.
+A strategy is one function that gives every ordered pair (row item, column item) of a tile a priority, higher is first.
 It looks at the two items and the seed only, so that candidates do not depend on tiles, workers or their order.
 """
 
@@ -54,7 +54,7 @@ def uniform(tile: Tile) -> Priorities:
 
 def nearest(tile: Tile) -> Priorities:
     """`similar`: the nearest within the band."""
-    return -tile.cosine
+    return tile.cosine
 
 
 def even_over_clusters(tile: Tile) -> Priorities:
@@ -66,7 +66,7 @@ def even_over_clusters(tile: Tile) -> Priorities:
     x += np.float32(0.5)
     x *= np.float32(2**-32)
     np.log(x, out=x)
-    x *= -tile.columns.facts["cluster_size"]
+    x *= tile.columns.facts["cluster_size"]
     return x
 
 

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from jpo_ray.pairs.candidates import Candidates
 from jpo_ray.pairs.selection import Limits, candidates_per_row, select, shares, within_limit
 
-Rows = list[tuple[int, int, int, int]]  # row, column, bin, priority
+Rows = list[tuple[int, int, int, int]]  # row, column, bin, order
 
 
 def candidates(rows: Rows, in_band: list[int] | None = None) -> Candidates:
     """The candidates of a row and bin together and best first."""
-    row, column, part, priority = (np.array(values) for values in zip(*rows, strict=True))
+    row, column, part, order = (np.array(values) for values in zip(*rows, strict=True))
     return Candidates(
         row=row.astype(np.int32),
         column=column.astype(np.int32),
         similarity=np.zeros(len(row), dtype=np.float32),
         bin=part.astype(np.uint8),
-        priority=priority.astype(np.uint32),
+        order=order.astype(np.uint32),
         in_band=np.array(in_band or [2 * len(rows)]),
     )
 
