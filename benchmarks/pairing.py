@@ -278,13 +278,14 @@ def choose(
 
 def exact_lists(count: int, keep: int, cpus: int) -> Row:
     """The exact top of every row in the band, by cosine."""
-    from jpo_ray.cluster.pairing import _Tiles
+    from jpo_ray.cluster.pairing import JointProblem, _Tiles
     from jpo_ray.pairs.candidates import Search
     from jpo_ray.pairs.plans import Exact
 
     vectors, side = make_vectors(count), _side(count)
+    problem = JointProblem(side, side, vectors, JointPairs(strategy="similar"), count, 0)
     with _ray(cpus) as ray, Watch() as watch:
-        tiles = _Tiles(ray, (side, side, vectors), Bar(), None)
+        tiles = _Tiles(ray, problem, Bar(), None)
         found = tiles.run(Exact(np.arange(count)), Search("similar", (-1.0, BAND[1]), keep, 0))
     sample = {int(row): found.column[found.row == row].tolist()[:8] for row in range(50)}
     return {"seconds": watch.seconds, "candidates": len(found.row), "sample": sample}
@@ -318,7 +319,7 @@ def approximate_lists(count: int, keep: int, cpus: int) -> Row:
         with Watch() as watch:
             problem = JointProblem(side, side, vectors, config, count, 0)
             search = Search("similar", (-1.0, 1.0), keep, 0)
-            tiles = _Tiles(ray, (side, side, vectors), Bar(), None)
+            tiles = _Tiles(ray, problem, Bar(), None)
             plan_of, _, notes = _plan(tiles, problem, search)
             found = tiles.run(plan_of(np.arange(count)), search)
         # On rows that the plan was not tuned by.

@@ -74,7 +74,7 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
     bins = problem.config.bins if STRATEGIES[problem.config.strategy].bins else 1
     keep = min(candidates_per_row(limits.budget, len(rows), bins), len(columns))
     search = Search(problem.config.strategy, problem.band, keep, problem.seed, bins)
-    tiles = _Tiles(ray, (rows, columns, problem.vectors), bar, parts)
+    tiles = _Tiles(ray, problem, bar, parts)
     plan_of, exact, notes = _plan(tiles, problem, search)
     found = tiles.run(plan_of(np.arange(len(rows))), search)
     available = int(found.in_band.sum()) // (2 if problem.symmetric else 1)
@@ -111,8 +111,9 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
 class _Tiles:
     """Runs plans over one pair of sides. With `parts`, what a task found is kept there until all is done."""
 
-    def __init__(self, ray: Any, sides: tuple[Side, Side, Vectors], bar: Any, parts: Path | None) -> None:
-        self._ray, self._shared, self._bar, self._folder = ray, ray.put(sides), bar, parts
+    def __init__(self, ray: Any, problem: JointProblem, bar: Any, parts: Path | None) -> None:
+        shared = problem.rows, problem.columns, problem.vectors
+        self._ray, self._shared, self._bar, self._folder = ray, ray.put(shared), bar, parts
         self._runs = 0
 
     def run(self, plan: Plan, search: Search) -> Candidates:
@@ -206,8 +207,8 @@ def _plan(tiles: _Tiles, problem: JointProblem, search: Search) -> tuple[PlanOf,
     recall = np.cumsum(np.bincount(nearness, minlength=near.shape[1] + 1)[:-1]) / max(1, len(truth.row))
     enough = int(np.searchsorted(recall, problem.config.min_recall)) + 1
     notes: dict[str, Any] = {"clusters": len(near)}
-    in_band = truth.in_band.sum() / (len(sample) * len(columns))
-    extra = max(SAMPLED_COLUMNS, int(4 * search.keep * search.bins / max(in_band, 1e-9)))
+    in_band = max(1, truth.in_band.sum()) / (len(sample) * len(columns))
+    extra = max(SAMPLED_COLUMNS, int(4 * search.keep * search.bins / in_band))
     if strategy.sampled and (enough > near.shape[1] or enough * CLUSTER_SIZE > extra):
         if 2 * extra >= len(columns):
             return Exact, True, {}
@@ -291,7 +292,7 @@ def near_duplicates(
     config = JointPairs(strategy="similar", min_similarity=threshold, approximate_above=approximate_above)
     problem = JointProblem(every, every, vectors, config, budget=0, seed=seed)
     search = Search("similar", problem.band, min(COPIES, len(vectors)), seed)
-    tiles = _Tiles(ray, (every, every, vectors), bar, None)
+    tiles = _Tiles(ray, problem, bar, None)
     found = tiles.run(_plan(tiles, problem, search)[0](np.arange(len(vectors))), search)
     low, high = np.minimum(found.row, found.column), np.maximum(found.row, found.column)
     _, kept = np.unique(low.astype(np.int64) * len(vectors) + high, return_index=True)

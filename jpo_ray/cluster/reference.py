@@ -1,6 +1,7 @@
 """The reference pass on Ray Data: items that the cache lacks are scored in an actor pool."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,19 @@ import numpy.typing as npt
 from jpo_ray.cluster.session import require_resources, worker_resources
 from jpo_ray.config import ClusterConfig
 from jpo_ray.data.tokens import TokenizedItems
+from jpo_ray.engine.lanes import side_by_side
 from jpo_ray.engine.micro_batches import micro_batches
 from jpo_ray.engine.model import load_model
 from jpo_ray.engine.reference import append_cache, missing_rows, read_cache
 from jpo_ray.engine.scoring import make_scorer, score_items
 
-PASS_TOKENS = 8192  # padded tokens of one forward pass without gradients
+PASS_TOKENS = 4096  # of one forward pass without gradients
 Rows = dict[str, tuple[float, float]]  # sequence id -> instruction and response log-prob
 COMMIT_SEQUENCES = 20_000  # cached at least this often, so that a kill loses little
 
 
 class ReferenceScorer:
-    """Actor that scores micro-batches; a row is one micro-batch."""
+    """Actor that scores micro-batches, a row each; those of a call side by side, on CPUs."""
 
     def __init__(self, model: str, dtype: str, load_in_4bit: bool, device: str, threads: int) -> None:
         import torch
@@ -31,11 +33,15 @@ class ReferenceScorer:
         self.scorer = make_scorer(loaded)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rows = range(len(batch["batch"]))
+        scores = side_by_side([partial(self._score, *unpacked(batch, row)) for row in rows])
+        return {"batch": batch["batch"], "scores": scores}
+
+    def _score(self, tokens: TokenizedItems, rows: range) -> bytes:
         import torch
 
         with torch.no_grad():
-            scores = [score_items(self.scorer, *unpacked(batch, row)) for row in range(len(batch["batch"]))]
-        return {"batch": batch["batch"], "scores": [score.cpu().numpy().tobytes() for score in scores]}
+            return score_items(self.scorer, tokens, rows).cpu().numpy().tobytes()
 
 
 def packed_rows(tokens: TokenizedItems, batches: list[npt.NDArray[np.int64]]) -> list[dict[str, Any]]:
@@ -106,7 +112,9 @@ def _scored(
     wanted = worker_resources(ray, config, config.num_actors)
     require_resources(ray, "reference", [wanted] * config.num_actors)
     batches = micro_batches(tokens, missing, PASS_TOKENS, packed=True)
-    scored = ray.data.from_items(packed_rows(tokens, batches), override_num_blocks=len(batches)).map_batches(
+    at_once = 1 if wanted.get("GPU") else int(wanted["CPU"])
+    blocks = -(-len(batches) // at_once)
+    scored = ray.data.from_items(packed_rows(tokens, batches), override_num_blocks=blocks).map_batches(
         ReferenceScorer,
         fn_constructor_args=(
             str(model),
@@ -115,8 +123,8 @@ def _scored(
             "cuda" if wanted.get("GPU") else "cpu",
             int(wanted["CPU"]),
         ),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(batches))),
+        batch_size=at_once,
+        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, blocks)),
         num_cpus=wanted["CPU"],
         num_gpus=wanted.get("GPU", 0),
     )

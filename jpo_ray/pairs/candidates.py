@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from jpo_ray.pairs.sides import Floats, Ints, Side
+from jpo_ray.pairs.sides import Floats, Ints, Side, float32
 from jpo_ray.pairs.strategies import STRATEGIES, Priorities, Tile
 
 BLOCK_ROWS = 2048  # of one task: float16 vectors are converted once for all of them
 STRIP = 512  # columns at a time
 CHUNK_ROWS = 1024  # rows at a time: a tile of 2 MiB stays in the processor's cache, and its product is fast
+RUN = 64  # flags that are looked at together
 
 Small = npt.NDArray[np.int32]
 
@@ -58,10 +59,10 @@ def block_candidates(rows: Side, columns: Side, vectors: npt.NDArray[np.float16]
     best = _Best(len(rows) * search.bins, search.keep)
     in_band = np.zeros(search.bins, dtype=np.int64)
     same_row, same_column = _same_instruction(rows, columns)
-    left = _float32(vectors[rows.instructions])
+    left = float32(vectors[rows.instructions])
     for start in range(0, len(columns), STRIP):
         strip = columns.take(slice(start, start + STRIP))
-        right = _float32(vectors[strip.instructions]).T
+        right = float32(vectors[strip.instructions]).T
         in_strip = slice(*np.searchsorted(same_column, [start, start + STRIP]))
         for top in range(0, len(rows), CHUNK_ROWS):
             chunk = slice(top, top + CHUNK_ROWS)
@@ -131,20 +132,18 @@ class _Best:
                 # The first strip: its own best are a bound that spares sorting all of it.
                 masked = np.where(inside, priority, _worst(priority))
                 bound = np.partition(masked, -self._keep, axis=1)[:, -self._keep, None]
-                threshold = np.maximum(threshold, _next_below(bound))
+                np.maximum(threshold, _next_below(bound), out=threshold)
         else:
             threshold = self._threshold[first_list:][lists]
         enters = priority > threshold
         enters &= inside
-        found = np.flatnonzero(enters)
-        if not len(found):
-            return
+        found = _numbers(enters)
         row, column = np.divmod(found, priority.shape[1])
         number = row if lists is None else lists.ravel()[found]
+        column += first_column
         self._parts.append(
-            (first_list + number, (first_column + column).astype(np.int32), cosine.ravel()[found],
-             priority.ravel()[found])
-        )  # fmt: skip
+            (first_list + number, column.astype(np.int32), cosine.ravel()[found], priority.ravel()[found])
+        )
         self._pending += len(found)
         if self._pending > max(2**16, self._lists * self._keep):
             self._merge()
@@ -175,6 +174,16 @@ def rank_in_run(values: npt.NDArray[np.integer]) -> Ints:
     """Place of each element within its run of equal neighbours, from 0: int64[K]."""
     starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
     return np.arange(len(values)) - np.repeat(starts, np.diff(np.append(starts, len(values))))
+
+
+def _numbers(flags: npt.NDArray[np.bool_]) -> Ints:
+    """Places of the few flags that are set: runs of 64 without any are passed over at once."""
+    flat = flags.ravel()
+    whole = len(flat) // RUN * RUN
+    runs = flat[:whole].reshape(-1, RUN)
+    some = np.flatnonzero(runs.any(axis=1))
+    run, place = np.nonzero(runs[some])
+    return np.concatenate([some[run] * RUN + place, whole + np.flatnonzero(flat[whole:])])
 
 
 def _same_instruction(rows: Side, columns: Side) -> tuple[Ints, Ints]:
@@ -220,13 +229,3 @@ def _order(priority: Priorities) -> npt.NDArray[np.uint32]:
         return ~priority
     bits = priority.view(np.uint32)
     return np.where(bits >> np.uint32(31) == 1, bits, ~bits & np.uint32(0x7FFFFFFF))
-
-
-def _float32(vectors: npt.NDArray[np.float16]) -> Floats:
-    """Finite float16 as float32, by its bits: numpy's own conversion takes nine times as long."""
-    bits = vectors.view(np.int16).astype(np.int32)
-    bits <<= 13
-    bits &= np.int32(-0x70002000)  # sign, exponent and fraction, without the copies of the sign
-    values = bits.view(np.float32)
-    values *= np.float32(2.0**112)  # the difference of the exponents' biases
-    return values

@@ -55,3 +55,13 @@ def random_groups(keys: Keys, count: int, seed: int) -> Ints:
     groups = np.empty(len(keys), dtype=np.int64)
     groups[np.argsort(seeded(keys, seed, purpose=0))] = np.arange(len(keys)) * count // len(keys)
     return groups
+
+
+def float32(vectors: npt.NDArray[np.float16]) -> Floats:
+    """Finite float16 as float32, by its bits: numpy's own conversion takes nine times as long."""
+    bits = vectors.view(np.int16).astype(np.int32)
+    bits <<= 13
+    bits &= np.int32(-0x70002000)  # sign, exponent and fraction, without the copies of the sign
+    values = bits.view(np.float32)
+    values *= np.float32(2.0**112)  # the difference of the exponents' biases
+    return values

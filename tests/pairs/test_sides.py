@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jpo_ray.pairs.sides import item_keys, random_groups
+from jpo_ray.pairs.sides import float32, item_keys, random_groups
 from pairs.world import side
 
 
@@ -17,3 +17,9 @@ def test_groups_are_even_random_and_a_function_of_the_keys() -> None:
     order = np.random.default_rng(0).permutation(100)
     assert random_groups(keys[order], 7, seed=3).tolist() == groups[order].tolist()
     assert (random_groups(keys, 7, seed=4) != groups).sum() > 50
+
+
+def test_float16_is_converted_by_its_bits() -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    assert (float32(finite).view(np.uint32) == finite.astype(np.float32).view(np.uint32)).all()

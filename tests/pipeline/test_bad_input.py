@@ -42,6 +42,27 @@ def test_a_validation_split_too_small_for_the_band_names_its_own_budget(jpo: Any
     assert "lower pairs.joint.validation_budget" in error
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["budget=2000"], "leaves 1128 pairs, the budget asks for 2000"),
+        (["max_per_item=1", "budget=30"], "max_per_item: 48 items in at most 1 pairs each make at most 24 pairs, the"),
+        (
+            ["min_per_item=3", "budget=50"],
+            "min_per_item: 48 items in at least 3 pairs each take at least 72 pairs, the",
+        ),
+        (["min_per_item=5", "max_per_item=4"], "min_per_item 5 is above max_per_item 4"),
+        (["connected=true", "budget=40"], "connected: it takes 47 pairs to connect 48 items, the budget gives 40"),
+        (["connected=true", "group_size=12"], "connected: items of different groups are never compared"),
+        (["connected=true", "min_similarity=0.6", "max_similarity=0.62", "budget=47"], "pairs.joint"),
+    ],
+    ids=["budget", "max", "min", "min above max", "connected", "groups", "disconnected"],
+)
+def test_limits_that_contradict_each_other(jpo: Any, overrides: list[str], message: str) -> None:
+    error, _ = jpo("run", *(f"pairs.joint.{override}" for override in overrides))
+    assert message in error
+
+
 def test_a_max_length_shorter_than_an_instruction(jpo: Any) -> None:
     error, calls = jpo("run", "model.max_length=12")
     assert "model.max_length=12 is shorter than an instruction of " in error
