@@ -234,7 +234,7 @@ def summarise(rows: list[Row], strategies: list[str]) -> list[Row]:
             logs = [
                 math.log(own / base)
                 for own, base in zip(needed[strategy], needed.get("random", []), strict=False)
-                if own is not None and base is not None
+                if own and base
             ]
             row: Row = {"quality": title, "strategy": strategy, "needed": needed[strategy], "ratio": None, "ci95": None}
             if logs and len(logs) == len(seeds):
@@ -251,6 +251,8 @@ def _needed(rows: list[Row], seed: int, strategy: str, metric: str) -> float | N
           for name in ("start", "full", strategy)}  # fmt: skip
     start, full = of["start"][0][1], of["full"][0][1]
     target = start + SHARE * (full - start)
+    if start >= target:
+        return 0.0
     before = (0, start)
     for point in of[strategy]:
         if point[1] >= target:
