@@ -36,7 +36,7 @@ from jpo_ray.config import TrainConfig
 
 CHECK_UPDATES = 2  # the first loss shows the forward pass, the second the gradient and the optimizer
 DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16", FOUR_BIT]}
-# Of this engine, in padded tokens: a GPU is not filled by the default, which is meant for laptops.
+# Of this engine, in tokens: a GPU is not filled by the default, which is meant for laptops.
 MICRO_BATCH_TOKENS = {"cpu": [TrainConfig().max_micro_batch_tokens], "cuda": [4096, 16_384, 65_536]}
 
 Result = dict[str, Any]
@@ -142,8 +142,11 @@ def _check(arguments: argparse.Namespace, folder: Path, run: Runner, console: Co
             job = partial(_job, arguments, folder, work, dtype, warmup=CHECK_UPDATES, updates=0)
             ours = run(job("jpo", min(arguments.micro_batch_tokens)))
             theirs = run(job("trl", min(arguments.micro_batches)))
-            if "error" in ours or "error" in theirs:
-                raise SystemExit(f"{work} {dtype}: {ours.get('error') or theirs['error']} in the smallest micro-batch")
+            if "error" in ours:
+                raise SystemExit(f"{work} {dtype}: {ours['error']} in the smallest micro-batch")
+            if "error" in theirs:  # a large model that only this engine fits: there is nothing to compare
+                console.print(f"check {work} {dtype}: TRL: {theirs['error']} in its smallest micro-batch")
+                continue
             found = {"work": work, "dtype": dtype} | agreement(ours, theirs, dtype)
             checks.append(found)
             losses = ", ".join(f"{a:.6f} and {b:.6f}" for a, b in found["losses"])

@@ -13,7 +13,7 @@ LEARNING_RATE = 5e-4  # large enough that a wrong gradient would show in the nex
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker process does. `micro_batch` is in comparisons for TRL, in padded tokens for this engine."""
+    """What one worker process does. `micro_batch` is in comparisons for TRL, in tokens for this engine."""
 
     contender: str  # jpo or trl
     work: str  # path of the saved work

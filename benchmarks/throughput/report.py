@@ -29,7 +29,7 @@ def print_tables(console: Console, rows: list[Row], *, with_targets: bool) -> No
         table.add_row(*cells, *(_cells(row) if "error" not in row else [row["error"]]))
     console.print(table)
     console.print(
-        "micro-batch: comparisons for TRL, padded tokens for this engine. tokens: distinct ones. flops: shares of the "
+        "micro-batch: comparisons for TRL, tokens for this engine. tokens: distinct ones. flops: shares of the "
         "best matrix product of that dtype in the same process."
     )
     compared = ratios(rows)

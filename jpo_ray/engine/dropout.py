@@ -2,7 +2,7 @@
 
 Tokens of an instruction part are keyed by the instruction, which its items share. An item then meets the same mask in
 whatever micro-batch, phase or worker it is scored, so splitting a batch changes nothing. The mask is a hash of its
-coordinates: nothing is stored, and backward through a recomputed forward agrees.
+coordinates: no generator has a state, and backward through a recomputed forward agrees.
 """
 
 import torch

@@ -21,10 +21,11 @@ MAX_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 def token_logprobs(hidden_TD: Tensor, targets_T: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """`log_softmax(hidden @ weight.T + bias)[targets]`: float32[T], softmax and sums in float32, in nats.
 
-    Gradients flow to `hidden_TD`, `weight_VD` and `bias_V` where they require them. On CUDA without a bias the fused
-    kernel of cut-cross-entropy is used where that package is installed.
+    Gradients flow to `hidden_TD`, `weight_VD` and `bias_V` where they require them. On CUDA, in 16 bits and without a
+    bias, the fused kernel of cut-cross-entropy is used where that package is installed.
     """
-    if hidden_TD.is_cuda and bias_V is None and _has_fused_kernel():
+    fits = hidden_TD.is_cuda and bias_V is None and hidden_TD.dtype in (torch.bfloat16, torch.float16)
+    if fits and _has_fused_kernel():
         from cut_cross_entropy import linear_cross_entropy
 
         fused: Tensor = -linear_cross_entropy(hidden_TD, weight_VD, targets_T, reduction="none").float()

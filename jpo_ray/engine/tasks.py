@@ -232,8 +232,8 @@ def sft_task(
             step=step,
             instruction=False,
         )
-        elapsed = max(time.monotonic() - started, 1e-9)
         metrics = {"loss": float(sft(_items(scores), response_tokens)), "tokens": int(tokens.lengths[rows].sum())}
+        elapsed = max(time.monotonic() - started, 1e-9)  # the loss is read: the device is done
         return metrics | meter.speed(tokens, rows, elapsed)
 
     def evaluate() -> Metrics:

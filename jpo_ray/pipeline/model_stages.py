@@ -233,6 +233,8 @@ def _shower(bar: Bar) -> Any:
         notes = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
         if "rewards/accuracies" in metrics:
             notes.append(f"accuracy {metrics['rewards/accuracies']:.2f}")
+        if "joint/items_per_second" in metrics:
+            notes.append(f"{metrics['joint/items_per_second']:.0f} items/s")
         if "joint/comparisons_per_second" in metrics:
             notes.append(f"{metrics['joint/comparisons_per_second']:.0f} comparisons/s")
         if "tokens_per_second" in metrics:

@@ -13,6 +13,7 @@ from engine.tiny import INSTRUCTIONS, LAYOUT, RESPONSES, config, plain_scorer
 from jpo_ray import records
 from jpo_ray.config import BaseModelConfig, SFTConfig, TrainConfig
 from jpo_ray.data.tokens import tokenize
+from jpo_ray.engine import jobs
 from jpo_ray.engine.dataset import mismatched_partners
 from jpo_ray.engine.jobs import PreferenceInputs, load_preferences, train_preferences, train_sft
 from jpo_ray.engine.model import load_tokenizer
@@ -208,3 +209,35 @@ def test_loaded_rows_belong_together(tables: Tables) -> None:
         text = tokenizer.decode(data.tokens.item(11 + place))
         assert text.endswith(f"Response: {by_id[other]['response']}<eos>")
         assert row["instruction"] in text
+
+
+@pytest.mark.parametrize(
+    ("option", "probe"),
+    [
+        ({"gradient_checkpointing": True}, lambda scorer, *_: scorer.model.is_gradient_checkpointing),
+        ({"batching": "pairs"}, lambda _s, _d, train, *_: train.batching == "pairs"),
+    ],
+)
+def test_options_reach_the_engine(
+    option: dict[str, Any], probe: Any, tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    make_task = jobs.preference_task
+
+    def noted(*arguments: Any) -> Any:
+        seen.append(probe(*arguments))
+        return make_task(*arguments)
+
+    monkeypatch.setattr(jobs, "preference_task", noted)
+    trained(tmp_path / "plain", tables, entry())
+    trained(tmp_path / "with", tables, entry(**option))
+    assert seen == [False, True]
+
+
+def test_items_per_comparison_are_those_of_the_steps(tables: Tables, tmp_path: Path) -> None:
+    """Seven comparisons of nine items an epoch, in steps of four and three."""
+    state = trained(tmp_path / "run", tables, entry())
+    logged = [one for one in state["log_history"] if "joint/items" in one]
+    expected = sum(one["joint/items"] for one in logged) / sum(one["joint/edges"] for one in logged)
+    assert state["items_per_comparison"] == round(expected, 3)
+    assert 1 < state["items_per_comparison"] <= 2

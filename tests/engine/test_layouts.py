@@ -3,6 +3,7 @@ gradients are the same."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,23 @@ def test_checkpointed_layers_meet_their_own_items(world: World) -> None:
     scorer.model.enable_input_require_grads()
     _, recomputed = scores_and_gradient(scorer, world, rows, max_tokens=150)
     assert difference(recomputed, gradient) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_may_run_again_in_another_thread(checkpointing: bool, world: World) -> None:
+    """As on CUDA, where autograd has a thread of its own for the device."""
+    scorer = policy_scorer(world.model, config())
+    if checkpointing:
+        scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        scorer.model.enable_input_require_grads()
+    gradients = []
+    for in_thread in (False, True):
+        scorer.model.zero_grad(set_to_none=True)
+        loss = score_items(scorer, world.tokens, range(6), step=3).sum() / 50
+        if in_thread:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(loss.backward).result()
+        else:
+            loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in scorer.model.parameters() if p.grad is not None]))
+    assert difference(gradients[1], gradients[0]) < 1e-6

@@ -12,7 +12,7 @@ from jpo_ray.engine import step as step_module
 from jpo_ray.engine.dataset import PreferenceData
 from jpo_ray.engine.scoring import score_items
 from jpo_ray.engine.step import accumulate_gradients
-from jpo_ray.engine.tasks import preference_task, sft_task
+from jpo_ray.engine.tasks import preference_schedule, preference_task, sft_task
 from jpo_ray.objectives import Edges, ItemScores, jpo
 
 SAME = 2e-5  # relative norm of the difference of two float32 gradients that sum in another order
@@ -125,6 +125,23 @@ def test_graph_and_pairs_batches_of_the_same_comparisons_have_the_same_gradient(
     )
     assert graph_loss == pytest.approx(pairs_loss, abs=1e-9)
     assert difference(graph, pairs) < SAME
+
+
+def test_an_epoch_of_either_mode_has_the_same_gradient_in_all(world: World) -> None:
+    """Three comparisons a batch, the weights standing still: the batches differ, their sum does not."""
+    scorer = policy_scorer(world.model, config(lora_dropout=0.0))
+    sums, batches = {}, {}
+    for mode in ("graph", "pairs"):
+        train = config(lora_dropout=0.0, batching=mode, comparisons_per_step=3)
+        schedule = preference_schedule(world.data.train, world.tokens.lengths, train, seed=0)
+        batches[mode] = [tuple(sorted(schedule.batch(step).tolist())) for step in range(schedule.steps_per_epoch)]
+        sums[mode] = sum(
+            len(batch) * gradients_of(scorer, world.data, train, step=step)[1]
+            for step, batch in enumerate(batches[mode])
+        )
+    assert set(batches["graph"]) != set(batches["pairs"])
+    assert sorted(sum(batches["graph"], ())) == sorted(sum(batches["pairs"], ())) == list(range(len(world.data.train)))
+    assert difference(sums["graph"], sums["pairs"]) < SAME
 
 
 def test_comparisons_within_micro_batches_keep_nothing_for_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
