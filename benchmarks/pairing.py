@@ -104,12 +104,12 @@ def approx() -> list[Row]:
     small_, large = (_apart("approximate_lists", count=count, keep=16, cpus=2) for count in (100_000, 1_000_000))
     each = [1e6 * found["seconds"] / count for found, count in ((small_, 100_000), (large, 1_000_000))]
     vectors = 1_000_000 * WIDTH * 2
-    times = large["peak_bytes"] / vectors
+    times = (large["peak_bytes"] + vectors) / vectors  # the vectors stand in memory before the work begins
     return [
         {"work": "approx 100k", **small_},
         {"work": "approx 1M", **large},
         {"work": "approx: recall", "measured": f"{large['recall']:.3f}", "to reach": "0.95"},
-        {"work": "approx: memory", "measured": f"{times:.2f} times the float16 vectors", "to reach": "at most 3 times"},
+        {"work": "approx: memory", "measured": f"{times:.2f} times the float16 vectors, themselves included", "to reach": "at most 3 times"},
         {"work": "approx: cost per item", "measured": f"{each[0]:.0f} and {each[1]:.0f} microseconds",
          "to reach": "flat from 100 thousand to 1 million"},
     ]  # fmt: skip

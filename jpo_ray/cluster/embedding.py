@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from jpo_ray.cache import cache_folder
 from jpo_ray.cluster.session import require_resources, worker_resources
 from jpo_ray.config import ClusterConfig, PairsConfig
+from jpo_ray.errors import InputError
 from jpo_ray.pairs.embedding import (
     cache_vectors,
     cached_vectors,
@@ -32,21 +34,27 @@ class Embedded:
 
 
 class Embedder:
-    """Actor that embeds batches of texts; a row is one batch."""
+    """Actor that embeds a batch of texts, a row.
+
+    What is wrong comes back as a row too: an exception would reach the driver as one of Ray's.
+    """
 
     def __init__(self, name: str, revision: str | None, device: str, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.model = load_embedder(name, device, revision)
+        self._load = partial(load_embedder, name, device, revision)
+        self._model: Any = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        vectors = [embed(self.model, list(texts)) for texts in batch["texts"]]
-        return {
-            "batch": batch["batch"],
-            "vectors": [v.tobytes() for v in vectors],
-            "truncated": [count_truncated(self.model, list(texts)) for texts in batch["texts"]],
-        }
+        (texts,) = batch["texts"]
+        vectors, truncated, error = b"", 0, ""
+        try:
+            self._model = self._model or self._load()
+            vectors, truncated = embed(self._model, list(texts)).tobytes(), count_truncated(self._model, list(texts))
+        except InputError as wrong:
+            error = str(wrong)
+        return {"batch": batch["batch"], "vectors": [vectors], "truncated": [truncated], "error": [error]}
 
 
 def embed_texts(ray: Any, cluster: ClusterConfig, config: PairsConfig, texts: Mapping[str, str], bar: Any) -> Embedded:
@@ -64,7 +72,8 @@ def embed_texts(ray: Any, cluster: ClusterConfig, config: PairsConfig, texts: Ma
         nonlocal vectors
         if not len(vectors):
             vectors = np.empty((len(texts), part.shape[1]), dtype=np.float16)
-        vectors[[place[name] for name in names]] = part
+        new = [number for number, name in enumerate(names) if name in missing]  # two runs may have kept one text
+        vectors[[place[names[number]] for number in new]] = part[new]
         missing.difference_update(names)
         bar.to(len(texts) - len(missing))
 
@@ -107,6 +116,8 @@ def _embed_on_ray(ray: Any, cluster: ClusterConfig, config: PairsConfig, texts: 
         num_gpus=wanted.get("GPU", 0),
     )
     for row in embedded.iter_rows():
+        if row["error"]:
+            raise InputError(row["error"])
         names = batches[row["batch"]]
         vectors = np.frombuffer(row["vectors"], dtype=np.float16).reshape(len(names), -1)
         yield names, vectors, int(row["truncated"])

@@ -1,5 +1,6 @@
 """Candidate tiles on Ray Data, and the pairs chosen from them."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -21,9 +22,9 @@ from jpo_ray.pairs.sides import Ints, Side
 from jpo_ray.pairs.strategies import STRATEGIES
 
 CLUSTER_SIZE = 256  # of approximate candidates: rows that meet the same columns
+MOST_CANDIDATES = 2**26  # that longer lists may hold: 1.1 GiB
 MOST_NEAR = 64  # clusters that a row may meet
 SAMPLED_ROWS = 256  # on which recall is measured
-COPIES = 8  # near-duplicates of an instruction that are looked at
 SAMPLED_COLUMNS = 4096  # that a cluster's rows meet at random, at least
 
 Vectors = npt.NDArray[np.float16]
@@ -90,7 +91,7 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
         if not missing and chosen.components == 1:
             more &= chosen.short
         deeper = np.flatnonzero(more.any(axis=1) & ~chosen.full[: len(rows)])
-        if not len(deeper):
+        if not len(deeper) or 2 * bins * int(kept[deeper].sum()) > MOST_CANDIDATES:
             break
         kept[deeper] = np.minimum(2 * kept[deeper], len(columns))
         parts_of = [tiles.run(plan_of(deeper[kept[deeper] == size]), replace(search, keep=int(size)))
@@ -128,7 +129,10 @@ class _Tiles:
             done[task] = found
             if self._folder is not None:
                 staged = self._folder / f".{prefix}-{task}"
-                staged.write_bytes(found)
+                with staged.open("wb") as file:
+                    file.write(found)
+                    file.flush()
+                    os.fsync(file.fileno())
                 staged.rename(self._folder / f"{prefix}-{task}.npz")
             self._bar.advance(1)
         return _by_row(joined([_decoded(done.pop(task)) for task in sorted(done)], search.bins))
@@ -231,6 +235,13 @@ def _check_limits(problem: JointProblem, nodes: int) -> None:
     """Raise `InputError` where the limits contradict each other, whatever the similarities."""
     config, limits = problem.config, problem.limits
     key = problem.budget_key
+    most = (
+        len(problem.rows) * (len(problem.rows) - 1) // 2
+        if problem.symmetric
+        else len(problem.rows) * len(problem.columns)
+    )
+    if limits.budget > most:
+        raise _too_few(problem, most)
     if limits.max_per_item is not None and 2 * limits.budget > limits.max_per_item * nodes:
         raise InputError(
             f"pairs.joint.max_per_item: {nodes} items in at most {limits.max_per_item} pairs each make at most "
@@ -282,18 +293,18 @@ def _too_few(problem: JointProblem, available: int, *, exact: bool = True) -> In
 
 
 def near_duplicates(
-    ray: Any, vectors: Vectors, threshold: float, approximate_above: int, seed: int, bar: Any
+    ray: Any, vectors: Vectors, rows: Ints, columns: Ints, config: JointPairs, keep: int, seed: int, bar: Any
 ) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
-    """Pairs of instructions of cosine `threshold` or more: first and second int64[K], first < second, and the cosine.
+    """Pairs of instructions (numbers into `vectors`), one of `rows` and one of `columns`, in the band of `config`.
 
-    Of each instruction only the nearest few are looked at: a crowd of copies is linked, not listed pair by pair.
+    First and second int64[K], and the cosine. Of each row only the nearest `keep` are looked at: a crowd of copies is
+    linked, not listed pair by pair.
     """
-    every = Side(np.arange(len(vectors), dtype=np.uint64), np.arange(len(vectors)))
-    config = JointPairs(strategy="similar", min_similarity=threshold, approximate_above=approximate_above)
-    problem = JointProblem(every, every, vectors, config, budget=0, seed=seed)
-    search = Search("similar", problem.band, min(COPIES, len(vectors)), seed)
+    if not len(rows) or not len(columns):
+        return rows[:0], rows[:0], np.empty(0, np.float32)
+    left, right = (Side(some.astype(np.uint64), some) for some in (rows, columns))
+    problem = JointProblem(left, right, vectors, config, budget=0, seed=seed)
+    search = Search(config.strategy, problem.band, min(keep, len(columns)), seed)
     tiles = _Tiles(ray, problem, bar, None)
-    found = tiles.run(_plan(tiles, problem, search)[0](np.arange(len(vectors))), search)
-    low, high = np.minimum(found.row, found.column), np.maximum(found.row, found.column)
-    _, kept = np.unique(low.astype(np.int64) * len(vectors) + high, return_index=True)
-    return low[kept].astype(np.int64), high[kept].astype(np.int64), found.similarity[kept]
+    found = tiles.run(_plan(tiles, problem, search)[0](np.arange(len(rows))), search)
+    return rows[found.row], columns[found.column], found.similarity

@@ -64,7 +64,7 @@ class Parts:
     def of(cls, rows: Ints, row_parts: Ints, column_parts: Ints, meets: Ints, extra: int, seed: int) -> "Parts":
         """`rows` are the rows to look at; `row_parts` and `column_parts` give the part of every row and column."""
         by_part = rows[np.argsort(row_parts[rows], kind="stable")]
-        column_edges = np.arange(int(column_parts.max(initial=0)) + 2)
+        column_edges = np.arange(max(int(column_parts.max(initial=0)), int(meets.max(initial=0))) + 2)
         return cls(
             row_order=by_part,
             row_starts=np.searchsorted(row_parts[by_part], np.arange(len(meets) + 1)),

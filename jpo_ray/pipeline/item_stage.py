@@ -14,7 +14,6 @@ from jpo_ray.runs import file_hashes, hash_file, stage_fingerprint
 
 SANDBOX = "sandbox"
 SANDBOX_ROWS = {"train": 3000, "validation": 300, "test": 500}
-JUDGE_CHUNK = 2000  # comparisons between two updates of the progress bar
 
 
 def items_specs(context: Context) -> list[Spec]:

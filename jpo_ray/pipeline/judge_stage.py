@@ -104,8 +104,9 @@ def _judge_in_rounds(
     known = Known(item_keys(ids), np.zeros(len(ids)), np.ones(len(ids)), *_policy_facts(context, selection, ids, items))
     judged = np.zeros(len(pool), dtype=bool)
     rows: Rows = []
-    for turn in range(selection.rounds):
-        count = selection.budget * (turn + 1) // selection.rounds - len(rows)
+    rounds = min(selection.rounds, selection.budget)
+    for turn in range(rounds):
+        count = selection.budget * (turn + 1) // rounds - len(rows)
         if selection.strategy == "uncertainty":
             known = _with_strengths(known, ids, pairs, before + rows, seed)
         chosen = choose_next(selection.strategy, first, second, judged, known, count, seed + turn)

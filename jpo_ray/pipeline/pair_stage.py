@@ -20,6 +20,7 @@ from jpo_ray.pairs.strategies import STRATEGIES
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec
 
+COPIES = 8  # near-duplicates of a training instruction within training that are looked at
 ITEM_COLUMNS = ["item_id", "instruction_id", "split", "sft"]
 LEAKS_INTO = {"train": ("validation", "test"), "validation": ("test",), "test": ()}  # split -> more protected ones
 
@@ -52,6 +53,7 @@ def embedding_slice(config: PairsConfig) -> dict[str, Any]:
         "embedder": config.embedder,
         "revision": config.embedder_revision,
         "near_duplicates": config.near_duplicates,
+        "approximate_above": (config.joint or JointPairs()).approximate_above,
     }
 
 
@@ -100,20 +102,30 @@ def _duplicates(context: Context, items: pa.Table, ids: Sequence[str], vectors: 
     """Rows of `records.NEAR_DUPLICATES`; `instruction_a` is of the less protected split."""
     from jpo_ray.cluster.pairing import near_duplicates
 
-    config = context.config.pairs
+    config, seed = context.config.pairs, context.config.seed
     assert config.near_duplicates is not None
     above = (config.joint or JointPairs()).approximate_above
-    with progress_bar(context.console, "near-duplicate instructions") as bar:
-        first, second, similarity = near_duplicates(
-            context.ray(), vectors, config.near_duplicates, above, context.config.seed, bar
-        )
+    joint = JointPairs(strategy="similar", min_similarity=config.near_duplicates, approximate_above=above)
     split_of = dict(zip(items["instruction_id"].to_pylist(), items["split"].to_pylist(), strict=True))
-    rows = []
-    for one, other, cosine in zip(first.tolist(), second.tolist(), similarity.tolist(), strict=True):
-        a, b = sorted((ids[one], ids[other]), key=lambda name: (records.SPLITS.index(split_of[name]), name))
-        leaks = split_of[b] in LEAKS_INTO[split_of[a]]
-        rows.append({"instruction_a": a, "instruction_b": b, "similarity": cosine, "leaks": leaks})
-    return rows
+    of_split = {
+        split: np.array([place for place, name in enumerate(ids) if split_of[name] == split], dtype=np.int64)
+        for split in records.SPLITS
+    }
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    with progress_bar(context.console, "near-duplicate instructions") as bar:
+        for split, into in LEAKS_INTO.items():
+            protected = np.concatenate([of_split[split][:0], *(of_split[other] for other in into)])
+            # One that leaks is enough; within training a crowd of copies is linked and not listed pair by pair.
+            within = of_split[split] if split == "train" else of_split[split][:0]
+            for columns, keep in ((protected, 1), (within, COPIES)):
+                found = near_duplicates(context.ray(), vectors, of_split[split], columns, joint, keep, seed, bar)
+                for one, other, cosine in zip(*(values.tolist() for values in found), strict=True):
+                    a, b = ids[one], ids[other]
+                    leaks = columns is protected
+                    a, b = (a, b) if leaks else (min(a, b), max(a, b))
+                    row = {"instruction_a": a, "instruction_b": b, "similarity": cosine, "leaks": leaks}
+                    rows.setdefault((a, b), row)
+    return list(rows.values())
 
 
 def _pair_resumably(context: Context, out: Path) -> dict[str, Any]:
@@ -186,15 +198,17 @@ def _joint(
     config, seed = context.config.pairs.joint, context.config.seed
     assert config is not None
     members = [item for item in items if item["sft"]]
-    budget = (config.budget if split == "train" else config.validation_budget) or _default_budget(config, len(members))
-    if not budget:
-        return [], {}
     left, right = (members, members) if config.strategy != "proxy" else _chosen_and_rejected(context, items)
     if not left or not right:
-        if split == "validation":
+        if split == "validation" or config.strategy != "proxy":
             return [], {}
         raise InputError("pairs.joint.strategy: proxy needs labelled comparisons in items.train; there are none")
     groups = -(-len(left) // config.group_size) if config.group_size else None
+    most = len(left) * len(right) if right is not left else len(left) * (len(left) - 1) // 2
+    budget = config.budget if split == "train" else config.validation_budget
+    budget = budget or min(most, _default_budget(config, len(members)))
+    if not budget:
+        return [], {}
     rows = _side(left, row_of, groups, vectors, config, seed)
     columns = rows if right is left else _side(right, row_of, groups, vectors, config, seed)
     key = "pairs.joint.budget" if split == "train" else "pairs.joint.validation_budget"
@@ -210,11 +224,9 @@ def _joint(
 
 
 def _default_budget(config: JointPairs, items: int) -> int:
-    """As many pairs as items, as in the paper, as far as there are so many and the limits allow."""
-    most = items * (items - 1) // 2
-    if config.max_per_item is not None:
-        most = min(most, items * config.max_per_item // 2)
-    return min(items * max(1, config.min_per_item), most)
+    """As many pairs as items, as in the paper, as far as the limits allow."""
+    wanted = items * max(1, config.min_per_item)
+    return wanted if config.max_per_item is None else min(wanted, items * config.max_per_item // 2)
 
 
 def _chosen_and_rejected(

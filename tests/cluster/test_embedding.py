@@ -80,3 +80,27 @@ def test_a_missing_encoder_is_an_error_before_any_actor_starts(monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pairs\.embedder: the package .* is not installed"):
         embed(None, {"id": "text"})
+
+
+@pytest.mark.ray
+def test_a_folder_that_is_no_encoder_is_bad_input(ray_cluster: Any, tmp_path: Path) -> None:
+    """Found by an actor, and raised here as what it is."""
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "modules.json").write_text("[{")
+    with pytest.raises(InputError, match=r"^pairs\.embedder: .*encoder: cannot be loaded"):
+        embed(ray_cluster, {"id": "text"}, embedder=str(tmp_path / "encoder"))
+
+
+@pytest.mark.ray
+def test_a_text_without_a_usable_vector_is_bad_input(ray_cluster: Any, tmp_path: Path) -> None:
+    """An encoder whose word vectors are zero."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]"))
+    zero = StaticEmbedding(tokenizer, embedding_weights=np.zeros((2, 8), dtype=np.float32))
+    SentenceTransformer(modules=[zero], device="cpu").save(str(tmp_path / "encoder"))
+    with pytest.raises(InputError, match=r"^pairs\.embedder: no usable vector for the instruction 'word'"):
+        embed(ray_cluster, {"id": "word"}, embedder=str(tmp_path / "encoder"))

@@ -277,17 +277,30 @@ def test_random_pairs_of_many_items_come_from_a_sample_of_columns(monkeypatch: p
     assert abs(mean - float(cosines(vectors)[np.triu_indices(1500, 1)].mean())) < 0.03
 
 
-def test_near_duplicates_are_listed_once_in_both_modes() -> None:
+def test_near_duplicates_are_found_in_both_modes() -> None:
     vectors = unit_vectors(1200, width=48)
     copies = vectors.copy()
     copies[700] = vectors[3]
     copies[701] = vectors[5]
     copies[702] = vectors[5]
     expected = {(3, 700), (5, 701), (5, 702), (701, 702)}
+    every = np.arange(1200)
     for above in (5000, 500):
-        first, second, similarity = near_duplicates(HERE, copies, 0.99, above, 0, NoBar())
-        assert set(zip(first.tolist(), second.tolist(), strict=True)) == expected
+        config = JointPairs(strategy="similar", min_similarity=0.99, approximate_above=above)
+        first, second, similarity = near_duplicates(HERE, copies, every, every, config, 8, 0, NoBar())
+        assert set(zip(first.tolist(), second.tolist(), strict=True)) == expected | {(b, a) for a, b in expected}
         assert similarity.min() > 0.99
+        some = near_duplicates(HERE, copies, every[700:], every[:10], config, 1, 0, NoBar())
+        assert list(zip(*(values.tolist() for values in some[:2]), strict=True)) == [(700, 3), (701, 5), (702, 5)]
+
+
+def test_proxy_pairs_within_groups_that_lack_a_side() -> None:
+    rows, columns = side(100), side(3, list(range(100, 103)), name="rejected")
+    rows, columns = (replace(s, groups=random_groups(s.keys, 10, 0)) for s in (rows, columns))
+    pairs = pairs_of(rows, unit_vectors(103), columns, strategy="proxy", budget=20)
+    assert rows.groups is not None
+    assert columns.groups is not None
+    assert all(rows.groups[i] == columns.groups[j] for i, j in pairs)
 
 
 @pytest.mark.ray

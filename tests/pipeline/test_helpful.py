@@ -48,7 +48,7 @@ def test_the_config_names_the_files_beside_the_repository() -> None:
 def test_real_text_becomes_items_pairs_and_labels(config: RunConfig, tmp_path: Path, cluster: Cluster) -> None:
     """All of the data, without a model: 363 conditional comparisons and as many proxy ones, all of them decided."""
     run(config, tmp_path / "run", ["items", "pairs", "judge"])
-    assert cluster.calls == ["embed", "tiles", "tiles"]
+    assert cluster.calls == ["embed", "tiles"]
     pairs = read_json(tmp_path / "run" / "pairs" / "manifest.json")["counts"]
     assert pairs == {"train conditional": 363, "train joint": 363}
     judged = read_json(tmp_path / "run" / "judge" / "manifest.json")["counts"]

@@ -44,7 +44,7 @@ def test_joint_labels_become_preferences(joint_file: Path, tmp_path: Path, clust
         (f"The number is {n}.", f"No, I will not say {n + 1}.") for n in range(COUNT)
     )
     assert {row["protocol"] for row in found} == {"joint"}
-    assert cluster.calls == ["embed", "tiles", "tiles"]
+    assert cluster.calls == ["embed", "tiles"]
 
 
 def test_joint_pairs_that_no_label_decides_are_warned_about(tmp_path: Path, cluster: Cluster) -> None:
@@ -62,7 +62,7 @@ def test_joint_pairs_that_no_label_decides_are_warned_about(tmp_path: Path, clus
         run(config, tmp_path / strategy, ["items", "pairs", "judge"])
         counts = read_json(tmp_path / strategy / "judge" / "manifest.json")["counts"]
         assert ("no joint pair has a verdict" in counts.get("warning", "")) == warned
-    assert cluster.calls == ["embed", "tiles", "tiles"] * 2
+    assert cluster.calls == ["embed", "tiles"] * 2
 
 
 def test_labels_cannot_judge_samples(joint_file: Path, tmp_path: Path, cluster: Cluster) -> None:

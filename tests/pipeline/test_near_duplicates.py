@@ -67,6 +67,15 @@ def test_they_are_listed_and_leaks_are_warned_about(tmp_path: Path) -> None:
     assert {frozenset(pair[:2]) for pair in within} == {frozenset(("Name a fruit.", "NAME A FRUIT."))}
 
 
+def test_every_copy_of_a_test_instruction_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty copies in training, which are nearer to one another than to it or as near."""
+    copies = ["".join(c.upper() if n >> i & 1 else c for i, c in enumerate("count to ten.")) for n in range(1, 80, 2)]
+    monkeypatch.setitem(TEXTS, "train", list(dict.fromkeys([*copies, "Sing.", "Dance."])))
+    shown = run(config_for(tmp_path, drop_near_duplicates=True), tmp_path / "run", ["items", "pairs"])
+    assert instructions(tmp_path / "run", "train") == {"Sing.", "Dance."}
+    assert "instructions that leak" not in shown
+
+
 def test_those_that_leak_are_left_out_on_request(tmp_path: Path) -> None:
     shown = run(config_for(tmp_path, drop_near_duplicates=True), tmp_path / "run", ["items", "pairs"])
     assert "near duplicates 2" in shown

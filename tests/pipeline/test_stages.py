@@ -44,7 +44,7 @@ def test_every_artifact_has_a_manifest_with_the_hashes_of_its_files(finished: Fi
 
 def test_the_stages_ask_the_cluster_in_order(finished: Finished) -> None:
     assert finished.calls == [
-        "embed", "tiles", "tiles", "tiles", "sft", "score 132", "train-jpo", "train-dpo", "sample 18 with transformers",
+        "embed", "tiles", "sft", "score 132", "train-jpo", "train-dpo", "sample 18 with transformers",
     ]  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_a_lost_reference_comes_from_the_cache_without_a_forward_pass(run_dir: P
 def test_another_budget_pairs_and_judges_again_and_scores_nothing(run_dir: Path, cluster: Cluster) -> None:
     before = fingerprints(run_dir)
     run(small_config(pairs={"joint": {"strategy": "random", "budget": 20}}), run_dir)
-    assert cluster.calls == ["tiles", "tiles", "train-jpo", "train-dpo", "sample 18 with transformers"]
+    assert cluster.calls == ["tiles", "train-jpo", "train-dpo", "sample 18 with transformers"]
     assert changed(before, run_dir) == [
         "pairs", "judge", "train/jpo", "train/dpo", "sample", "evaluate", "report",
     ]  # fmt: skip
@@ -169,7 +169,7 @@ def test_another_seed_makes_everything_again(run_dir: Path, cluster: Cluster) ->
     before = fingerprints(run_dir)
     run(small_config(seed=1), run_dir, ["items", "pairs", "judge", "sft"])
     assert changed(before, run_dir) == [*DATA, "sft"]
-    assert cluster.calls == ["embed", "tiles", "tiles", "tiles", "sft"]
+    assert cluster.calls == ["embed", "tiles", "sft"]
     with pytest.raises(InputError, match=r"`reference` was made with another config or other input; run `jpo refer"):
         run(small_config(seed=1), run_dir, ["train"])
 
@@ -177,7 +177,7 @@ def test_another_seed_makes_everything_again(run_dir: Path, cluster: Cluster) ->
 @pytest.mark.parametrize(
     ("artifact", "calls"),
     [
-        ("items", []), ("embeddings", ["embed", "tiles"]), ("pairs", ["tiles", "tiles"]), ("judge", []), ("report", []),
+        ("items", []), ("embeddings", ["embed", "tiles"]), ("pairs", ["tiles"]), ("judge", []), ("report", []),
         ("sample", ["sample 18 with transformers"]), ("evaluate", []), ("train/dpo", ["train-dpo"]),
     ],
 )  # fmt: skip
@@ -264,6 +264,6 @@ def test_without_sft_the_base_model_is_the_reference(tmp_path: Path, cluster: Cl
     config = small_config(sft=None, train=[JPO], sample=None, evaluate=None)
     run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "sft").exists()
-    assert cluster.calls == ["embed", "tiles", "tiles", "tiles", "score 132", "train-jpo"]
+    assert cluster.calls == ["embed", "tiles", "score 132", "train-jpo"]
     adapter: dict[str, Any] = read_json(tmp_path / "run" / "train" / "jpo" / "adapter_config.json")
     assert adapter["base_model_name_or_path"].endswith("base_model")
