@@ -109,7 +109,8 @@ def approx() -> list[Row]:
         {"work": "approx 100k", **small_},
         {"work": "approx 1M", **large},
         {"work": "approx: recall", "measured": f"{large['recall']:.3f}", "to reach": "0.95"},
-        {"work": "approx: memory", "measured": f"{times:.2f} times the float16 vectors, themselves included", "to reach": "at most 3 times"},
+        {"work": "approx: memory", "measured": f"{times:.2f} times the float16 vectors, they included",
+         "to reach": "at most 3 times"},
         {"work": "approx: cost per item", "measured": f"{each[0]:.0f} and {each[1]:.0f} microseconds",
          "to reach": "flat from 100 thousand to 1 million"},
     ]  # fmt: skip
