@@ -15,7 +15,7 @@ from jpo_ray.pairs.strategies import STRATEGIES, Priorities, Tile
 
 BLOCK_ROWS = 2048  # of one task: float16 vectors are converted once for all of them
 STRIP = 512  # columns at a time
-CHUNK_ROWS = 1024  # rows at a time: a tile of 2 MiB stays in the processor's cache, and its product is fast
+CHUNK_ROWS = 512  # rows at a time: a tile of 1 MiB stays in a core's cache, and its product is fast
 RUN = 64  # flags that are looked at together
 
 Small = npt.NDArray[np.int32]
