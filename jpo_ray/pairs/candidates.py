@@ -2,7 +2,7 @@
 
 A block of rows meets its columns strip by strip: a matrix product gives the cosines, the strategy the priorities, and
 each row keeps its best so far. What is kept beats a row's threshold in one comparison per pair; only survivors are
-sorted. Memory is that of a strip, whatever the number of columns.
+sorted. Memory is that of a strip and of what the rows keep, whatever the number of columns.
 """
 
 from dataclasses import dataclass

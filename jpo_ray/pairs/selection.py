@@ -1,7 +1,7 @@
 """From candidates to exactly the budgeted number of distinct pairs.
 
 Every row proposes its best candidate, then its second best, and so on; within a round the best priority goes first. So
-each item is matched before any is matched twice, and the choice does not depend on how the candidates were found.
+each row is matched before any proposes twice, and the choice does not depend on how the candidates were found.
 """
 
 from dataclasses import dataclass
