@@ -49,6 +49,7 @@ from jpo_ray.feedback.judge import comparisons_of, judge, preferences
 from jpo_ray.feedback.strengths import fit_strengths
 from jpo_ray.pairs.choosing import Known, choose_next
 from jpo_ray.pairs.sides import item_keys
+from jpo_ray.pipeline.judge_stage import with_strengths
 from jpo_ray.runs import package_versions, write_json
 
 STRATEGIES = ("random", "uncertainty", "margin", "ches", "closure")
@@ -154,7 +155,8 @@ def curve(pool: Pool, strategy: str, arguments: argparse.Namespace) -> Iterator[
             elif strategy == "margin":
                 known = replace(facts, reward=_rewards(pool, policy))
             elif strategy == "uncertainty":
-                known = _with_strengths(pool, facts, judged)
+                rows = [pool.judgments[number] for number in np.flatnonzero(judged).tolist()]
+                known = with_strengths(facts, pool.ids, pool.pairs, rows, pool.config.seed)
             seed = pool.config.seed * 1000 + int(judged.sum())
             judged[choose_next(chosen_by, pool.first, pool.second, judged, known, step, seed)] = True
         world, settings = _world(pool, np.flatnonzero(judged), arguments, closure=strategy == "closure")
@@ -209,19 +211,6 @@ def _rewards(pool: Pool, policy: Any) -> np.ndarray:
 def _tokens(pool: Pool) -> TokenizedItems:
     texts = (pool.items[name].to_pylist() for name in ("instruction", "response"))
     return tokenize(load_tokenizer(pool.run / "sft"), layout_of(pool.config.model), *texts)
-
-
-def _with_strengths(pool: Pool, facts: Known, judged: np.ndarray) -> Known:
-    rows = [pool.judgments[number] for number in np.flatnonzero(judged).tolist()]
-    graph = item_graph(pool.pairs, rows, "train")
-    fitted = fit_strengths(len(graph.ids), graph.first, graph.second, graph.outcome, pool.config.seed)
-    place = {item: number for number, item in enumerate(graph.ids)}
-    met = np.array([place.get(item, -1) for item in pool.ids])
-    return replace(
-        facts,
-        strength=np.where(met >= 0, fitted.strength[met], 0.0),
-        standard_error=np.where(met >= 0, fitted.standard_error[met], fitted.prior_std),
-    )
 
 
 def summarise(rows: list[Row], strategies: list[str]) -> list[Row]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jpo_ray.pairs.sides import Floats, Ints
+from jpo_ray.pairs.sides import Floats, Ints, float32
 
 ITERATIONS = 8
 POINTS_PER_CENTROID = 64  # that k-means looks at
@@ -24,10 +24,6 @@ class Clusters:
         cosine = self.centroids @ self.centroids.T
         np.fill_diagonal(cosine, np.inf)
         return np.argsort(-cosine, axis=1, kind="stable")[:, :count]
-
-    @property
-    def sizes(self) -> Ints:
-        return np.bincount(self.of_vector, minlength=len(self.centroids))
 
 
 def cluster(vectors: npt.NDArray[np.float16], count: int, seed: int) -> Clusters:
@@ -59,11 +55,11 @@ def _k_means(vectors: npt.NDArray[np.float16], count: int, seed: int) -> Floats:
     most = count * POINTS_PER_CENTROID
     sample = vectors if len(vectors) <= most else vectors[np.sort(rng.choice(len(vectors), most, replace=False))]
     if count == 1:
-        return _normalised(sample.astype(np.float32).mean(axis=0, keepdims=True))
+        return _normalised(float32(sample).mean(axis=0, keepdims=True))
     found: Any = faiss.Kmeans(
         vectors.shape[1], count, niter=ITERATIONS, seed=seed % 2**31, spherical=True, min_points_per_centroid=1
     )
-    found.train(sample.astype(np.float32))
+    found.train(float32(sample))
     return _normalised(found.centroids)
 
 
@@ -71,7 +67,7 @@ def _assign(vectors: npt.NDArray[np.float16], centroids: Floats) -> Ints:
     nearest = np.empty(len(vectors), dtype=np.int64)
     for start in range(0, len(vectors), ASSIGNED_AT_ONCE):
         part = slice(start, start + ASSIGNED_AT_ONCE)
-        nearest[part] = np.argmax(vectors[part].astype(np.float32) @ centroids.T, axis=1)
+        nearest[part] = np.argmax(float32(vectors[part]) @ centroids.T, axis=1)
     return nearest
 
 

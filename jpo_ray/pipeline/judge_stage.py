@@ -108,7 +108,7 @@ def _judge_in_rounds(
     for turn in range(rounds):
         count = selection.budget * (turn + 1) // rounds - len(rows)
         if selection.strategy == "uncertainty":
-            known = _with_strengths(known, ids, pairs, before + rows, seed)
+            known = with_strengths(known, ids, pairs, before + rows, seed)
         chosen = choose_next(selection.strategy, first, second, judged, known, count, seed + turn)
         judged[chosen] = True
         rows += _judge(pool.take(chosen), items, annotator, bar)
@@ -150,7 +150,7 @@ def _policy_facts(
     return (found[:, 0], None) if fact == "reward" else (None, found)
 
 
-def _with_strengths(known: Known, ids: Sequence[str], pairs: pa.Table, judgments: Rows, seed: int) -> Known:
+def with_strengths(known: Known, ids: Sequence[str], pairs: pa.Table, judgments: Rows, seed: int) -> Known:
     """Strengths of the items as far as the judgments tell; of those not judged yet nothing is known."""
     from jpo_ray.feedback.closure import item_graph
     from jpo_ray.feedback.strengths import fit_strengths
