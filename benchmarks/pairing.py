@@ -117,7 +117,7 @@ def approx() -> list[Row]:
 
 
 def workers() -> list[Row]:
-    turns = [[_apart("exact_lists", count=60_000, keep=32, cpus=cpus)["seconds"] for cpus in (1, 2)] for _ in range(2)]
+    turns = [[_apart("exact_lists", count=100_000, keep=32, cpus=cpus)["seconds"] for cpus in (1, 2)] for _ in range(2)]
     one, two = (min(turn[place] for turn in turns) for place in (0, 1))
     measured = f"{one:.1f} s and {two:.1f} s: {one / two:.2f} times"
     return [{"work": "workers", "one": one, "two": two, "measured": measured, "to reach": "1.8 times"}]
@@ -263,12 +263,13 @@ def choose(
     parts: str | None = None,
     kill: bool = False,
 ) -> Row:
-    from jpo_ray.cluster.pairing import JointProblem, joint_pairs
+    from jpo_ray.cluster.pairing import JointProblem, joint_pairs, share
 
     vectors, side, bar = make_vectors(count), _side(count), Bar(kill)
     config = JointPairs(min_similarity=low, max_similarity=high)
     with _ray(cpus) as ray, Watch() as watch:
-        found = joint_pairs(ray, JointProblem(side, side, vectors, config, budget, 0), bar, parts and Path(parts))
+        problem = JointProblem(side, side, share(ray, vectors), config, budget, 0)
+        found = joint_pairs(ray, problem, bar, parts and Path(parts))
     chosen = found.pairs.select(["row", "column"]).to_pandas().to_numpy()
     digest = hashlib.sha256(np.ascontiguousarray(chosen).tobytes()).hexdigest()
     return {
@@ -279,17 +280,23 @@ def choose(
 
 def exact_lists(count: int, keep: int, cpus: int) -> Row:
     """The exact top of every row in the band, by cosine."""
-    from jpo_ray.cluster.pairing import JointProblem, _Tiles
-    from jpo_ray.pairs.candidates import Search
+    from jpo_ray.cluster.pairing import share
     from jpo_ray.pairs.plans import Exact
 
-    vectors, side = make_vectors(count), _side(count)
-    problem = JointProblem(side, side, vectors, JointPairs(strategy="similar"), count, 0)
+    vectors = make_vectors(count)
     with _ray(cpus) as ray, Watch() as watch:
-        tiles = _Tiles(ray, problem, Bar(), None)
-        found = tiles.run(Exact(np.arange(count)), Search("similar", (-1.0, BAND[1]), keep, 0))
+        tiles, search = _nearest(ray, share(ray, vectors), keep, max_similarity=BAND[1])
+        found = tiles.run(Exact(np.arange(count)), search)
     sample = {int(row): found.column[found.row == row].tolist()[:8] for row in range(50)}
     return {"seconds": watch.seconds, "candidates": len(found.row), "sample": sample}
+
+
+def _nearest(ray: Any, vectors: Any, keep: int, **options: Any) -> tuple[Any, Any]:
+    from jpo_ray.cluster.pairing import JointProblem, Tiles
+
+    side = _side(len(vectors.array))
+    problem = JointProblem(side, side, vectors, JointPairs(strategy="similar", **options), len(side), 0)
+    return Tiles(ray, problem, Bar(), None), problem.search(keep)
 
 
 def faiss_flat(count: int, keep: int) -> Row:
@@ -310,18 +317,14 @@ def _agreement(ours: Row, theirs: Row) -> float:
 
 
 def approximate_lists(count: int, keep: int, cpus: int) -> Row:
-    from jpo_ray.cluster.pairing import JointProblem, _plan, _Tiles
-    from jpo_ray.pairs.candidates import Search
+    from jpo_ray.cluster.pairing import make_plan, share
     from jpo_ray.pairs.plans import Exact
 
-    vectors, side = make_vectors(count), _side(count)
-    config = JointPairs(strategy="similar", approximate_above=50_000)
     with _ray(cpus) as ray:
+        vectors = share(ray, make_vectors(count))
         with Watch() as watch:
-            problem = JointProblem(side, side, vectors, config, count, 0)
-            search = Search("similar", (-1.0, 1.0), keep, 0)
-            tiles = _Tiles(ray, problem, Bar(), None)
-            plan_of, _, notes = _plan(tiles, problem, search)
+            tiles, search = _nearest(ray, vectors, keep, approximate_above=50_000)
+            plan_of, _, notes = make_plan(tiles, search)
             found = tiles.run(plan_of(np.arange(count)), search)
         # On rows that the plan was not tuned by.
         some = np.sort(np.random.default_rng(99).choice(count, RECALL_ROWS, replace=False))

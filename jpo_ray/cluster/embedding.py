@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jpo_ray.cache import cache_folder
-from jpo_ray.cluster.session import require_resources, worker_resources
+from jpo_ray.cluster.session import map_on_actors
 from jpo_ray.config import ClusterConfig, PairsConfig
 from jpo_ray.errors import InputError
 from jpo_ray.pairs.embedding import (
@@ -101,21 +101,11 @@ def _embed_on_ray(ray: Any, cluster: ClusterConfig, config: PairsConfig, texts: 
     """Yields (ids, vectors, number of texts cut short) of each batch, as batches are done."""
     if not texts:
         return
-    wanted = worker_resources(ray, cluster, cluster.num_actors)
-    require_resources(ray, "pairs", [wanted] * cluster.num_actors)
     ids = sorted(texts, key=lambda name: (len(texts[name]), name))
     batches = [ids[start : start + EMBED_BATCH] for start in range(0, len(ids), EMBED_BATCH)]
     rows = [{"batch": number, "texts": [texts[name] for name in names]} for number, names in enumerate(batches)]
-    device = "cuda" if wanted.get("GPU") else "cpu"
-    embedded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Embedder,
-        fn_constructor_args=(config.embedder, config.embedder_revision, device, int(wanted["CPU"])),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_actors, len(rows))),
-        num_cpus=wanted["CPU"],
-        num_gpus=wanted.get("GPU", 0),
-    )
-    for row in embedded.iter_rows():
+    encoder = config.embedder, config.embedder_revision
+    for row in map_on_actors(ray, cluster, "pairs", rows, Embedder, *encoder):
         if row["error"]:
             raise InputError(row["error"])
         names = batches[row["batch"]]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from threadpoolctl import threadpool_limits
 
 from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
@@ -24,11 +23,28 @@ from jpo_ray.pairs.strategies import STRATEGIES
 CLUSTER_SIZE = 256  # of approximate candidates: rows that meet the same columns
 MOST_CANDIDATES = 2**26  # that longer lists may hold: 1.1 GiB
 MOST_NEAR = 64  # clusters that a row may meet
+QUICK_PAIRS = 2**27  # from which loading torch for quicker products pays
 SAMPLED_ROWS = 256  # on which recall is measured
 SAMPLED_COLUMNS = 4096  # that a cluster's rows meet at random, at least
 
+JOINING = 2  # partners in other parts of the graph that an item looks for
+
 Vectors = npt.NDArray[np.float16]
 PlanOf = Callable[[Ints], Plan]
+
+
+@dataclass(frozen=True)
+class SharedVectors:
+    """Vectors of instructions, float16[n, d], in Ray's object store, and this process's view of them there."""
+
+    reference: Any
+    array: Vectors
+
+
+def share(ray: Any, vectors: Vectors) -> SharedVectors:
+    """Put vectors where all workers read them; the caller's copy is not needed any longer."""
+    reference = ray.put(vectors)
+    return SharedVectors(reference, ray.get(reference))
 
 
 @dataclass(frozen=True)
@@ -37,11 +53,12 @@ class JointProblem:
 
     rows: Side
     columns: Side  # the same object as `rows` where items are compared among themselves
-    vectors: Vectors  # float16[n, d] of the instructions
+    vectors: SharedVectors
     config: JointPairs
     budget: int
     seed: int
     budget_key: str = "pairs.joint.budget"  # what the config calls the budget
+    at_most: bool = False  # the budget is no more than wished for
 
     @property
     def symmetric(self) -> bool:
@@ -49,11 +66,14 @@ class JointProblem:
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.budget, self.config.max_per_item, self.config.connected)
+        return Limits(self.budget, self.config.min_per_item, self.config.max_per_item, self.config.connected)
 
     @property
     def band(self) -> tuple[float, float]:
         return self.config.min_similarity, self.config.max_similarity
+
+    def search(self, keep: int, bins: int = 1) -> Search:
+        return Search(self.config.strategy, self.band, keep, self.seed, bins)
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,7 @@ class JointChoice:
 
 
 def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = None) -> JointChoice:
-    """Exactly the budgeted number of pairs.
+    """Exactly the budgeted number of pairs (`at_most`: no more than it, as many as there are).
 
     Candidates are tasks of Ray Data over vectors shared through the object store; `parts` is a folder that keeps what
     each task found, for a run that is killed and started again. Raises `InputError` where the band, the limits or the
@@ -74,58 +94,86 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
     _check_limits(problem, nodes)
     bins = problem.config.bins if STRATEGIES[problem.config.strategy].bins else 1
     keep = min(candidates_per_row(limits.budget, len(rows), bins), len(columns))
-    search = Search(problem.config.strategy, problem.band, keep, problem.seed, bins)
-    tiles = _Tiles(ray, problem, bar, parts)
-    plan_of, exact, notes = _plan(tiles, problem, search)
+    search = problem.search(keep, bins)
+    tiles = Tiles(ray, problem, bar, parts)
+    plan_of, exact, notes = make_plan(tiles, search)
     found = tiles.run(plan_of(np.arange(len(rows))), search)
-    available = int(found.in_band.sum()) // (2 if problem.symmetric else 1)
-    if exact and available < limits.budget:
-        raise _too_few(problem, available)
     kept = np.full(len(rows), keep)  # candidates of each row and bin that were kept
+    joining: list[Candidates] = []  # pairs that join what would fall apart
+    graph_parts = nodes + 1
     while True:
-        chosen = select(found, nodes, columns_from, limits)
+        every = _sorted(replace(joined([found, *joining], bins), in_band=found.in_band)) if joining else found
+        chosen = select(every, nodes, columns_from, limits)
+        if chosen.parts.any():
+            joining.append(_joining(tiles, plan_of, search, chosen.parts, fewer_than=graph_parts))
+            graph_parts = 1 + int(chosen.parts.max())
+            continue
         missing = limits.budget - len(chosen.numbers)
         lists = np.bincount(found.row.astype(np.int64) * bins + found.bin, minlength=len(rows) * bins)
         more = lists.reshape(-1, bins) == np.minimum(kept, len(columns))[:, None]
         more &= kept[:, None] < len(columns)
-        if not missing and chosen.components == 1:
+        if not missing:
             more &= chosen.short
-        deeper = np.flatnonzero(more.any(axis=1) & ~chosen.full[: len(rows)])
+        full = chosen.degree[: len(rows)] >= (limits.max_per_item or nodes)
+        deeper = np.flatnonzero(more.any(axis=1) & ~full)
         if not len(deeper) or 2 * bins * int(kept[deeper].sum()) > MOST_CANDIDATES:
             break
         kept[deeper] = np.minimum(2 * kept[deeper], len(columns))
         parts_of = [tiles.run(plan_of(deeper[kept[deeper] == size]), replace(search, keep=int(size)))
                     for size in np.unique(kept[deeper])]  # fmt: skip
         found = _replaced(found, deeper, parts_of, bins)
-    if missing:
-        raise _too_few(problem, len(chosen.numbers), exact=exact)
-    if chosen.components > 1:
-        raise InputError(
-            f"pairs.joint.connected: the pairs that {_limits_text(problem)} leave fall into {chosen.components} parts, "
-            f"which no pair joins; {_mend(problem)}"
-        )
-    _check_least(problem, found, chosen.numbers, nodes, columns_from)
-    table = {name: getattr(found, name)[chosen.numbers] for name in ("row", "column", "similarity")}
+    if missing and not problem.at_most:
+        raise _too_few(problem, len(chosen.numbers), exact=exact, complete=not len(deeper))
+    _check_least(problem, chosen.degree)
+    table = {name: getattr(every, name)[chosen.numbers] for name in ("row", "column", "similarity")}
     return JointChoice(pa.table(table), notes)
 
 
-class _Tiles:
-    """Runs plans over one pair of sides. With `parts`, what a task found is kept there until all is done."""
+def _joining(tiles: "Tiles", plan_of: PlanOf, search: Search, parts: Ints, *, fewer_than: int) -> Candidates:
+    """Candidates that join the parts of the graph: of each item the best in another part.
 
-    def __init__(self, ray: Any, problem: JointProblem, bar: Any, parts: Path | None) -> None:
-        shared = problem.rows, problem.columns, problem.vectors
-        self._ray, self._shared, self._bar, self._folder = ray, ray.put(shared), bar, parts
+    All parts but the largest look for partners, so their number is halved at least, where there are any (Boruvka).
+    Raises `InputError` where there are none, or no fewer parts than the last time.
+    """
+    problem, count = tiles.problem, 1 + int(parts.max())
+    rows = np.arange(len(problem.rows))
+    if problem.symmetric:
+        rows = np.flatnonzero(parts != np.bincount(parts).argmax())
+    found = tiles.run(plan_of(rows), replace(search, keep=JOINING), parts) if count < fewer_than else None
+    if found is None or not len(found.row):
+        raise InputError(
+            f"pairs.joint.connected: the pairs that {_limits_text(problem)} leave fall into {count} parts, "
+            f"which no pair joins; {_mend(problem)}"
+        )
+    return found
+
+
+class Tiles:
+    """Runs plans over the problem's sides. With `folder`, what a task found is kept there until all is done."""
+
+    def __init__(self, ray: Any, problem: JointProblem, bar: Any, folder: Path | None) -> None:
+        self.problem = problem
+        self._ray, self._bar, self._folder = ray, bar, folder
+        self._sides = ray.put((problem.rows, problem.columns))
         self._runs = 0
 
-    def run(self, plan: Plan, search: Search) -> Candidates:
-        """The candidates of all the plan's rows, by row."""
+    def run(self, plan: Plan, search: Search, parts: Ints | None = None) -> Candidates:
+        """The candidates of all the plan's rows, by row; with `parts` (of every node) only those of different parts."""
         self._runs += 1
+        # Not for blocks of all sizes: for every shape the quicker product compiles a kernel of its own.
+        quick = isinstance(plan, Exact) and len(plan.rows) * len(self.problem.columns) >= QUICK_PAIRS
+        search = replace(search, quick=quick)
+        sides = self._sides
+        if parts is not None:
+            rows = replace(self.problem.rows, parts=parts[: len(self.problem.rows)])
+            columns = replace(self.problem.columns, parts=parts[-len(self.problem.columns) :])
+            sides = self._ray.put((rows, columns))
         prefix = f"{self._runs}-{plan.tasks}-{search.keep}"
         done = self._kept(prefix)
         self._bar.begin(plan.tasks)
         self._bar.advance(len(done))
         left = [task for task in range(plan.tasks) if task not in done]
-        for task, found in _tasks_on_ray(self._ray, self._shared, plan, left, search):
+        for task, found in _tasks_on_ray(self._ray, sides, self.problem.vectors, plan, left, search):
             done[task] = found
             if self._folder is not None:
                 staged = self._folder / f".{prefix}-{task}"
@@ -135,7 +183,7 @@ class _Tiles:
                     os.fsync(file.fileno())
                 staged.rename(self._folder / f"{prefix}-{task}.npz")
             self._bar.advance(1)
-        return _by_row(joined([_decoded(done.pop(task)) for task in sorted(done)], search.bins))
+        return _sorted(joined([_decoded(done.pop(task)) for task in sorted(done)], search.bins))
 
     def _kept(self, prefix: str) -> dict[int, bytes]:
         if self._folder is None:
@@ -145,21 +193,29 @@ class _Tiles:
         return {int(path.stem.rsplit("-", 1)[1]): path.read_bytes() for path in paths}
 
 
-def _tasks_on_ray(ray: Any, shared: Any, plan: Plan, tasks: list[int], search: Search) -> Iterator[tuple[int, bytes]]:
+def _tasks_on_ray(
+    ray: Any, sides: Any, vectors: SharedVectors, plan: Plan, tasks: list[int], search: Search
+) -> Iterator[tuple[int, bytes]]:
     """Each task's candidates, encoded, as they are done."""
     if not tasks:
         return
-    shared_plan = ray.put(plan)
+    shared = ray.put(plan), sides, vectors.reference
 
-    def tile(batch: dict[str, Any]) -> dict[str, Any]:
-        task = int(batch["task"][0])
-        rows, columns, vectors = ray.get(shared)
-        with threadpool_limits(1):  # a task has one core, whatever the environment says
-            found = run_task(ray.get(shared_plan), task, rows, columns, vectors, search)
-        return {"task": [task], "found": [encoded(found)]}
+    class Worker:
+        """Actor, so that the next task is there when one is done."""
 
+        def __init__(self) -> None:
+            self.plan, (self.rows, self.columns), self.vectors = ray.get(list(shared))
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            task = int(batch["task"][0])
+            found = run_task(self.plan, task, self.rows, self.columns, self.vectors, search)
+            return {"task": [task], "found": [encoded(found)]}
+
+    actors = max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(tasks)))
     numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
-    for row in numbers.map_batches(tile, batch_size=1, num_cpus=1).iter_rows():
+    pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors, max_tasks_in_flight_per_actor=2)
+    for row in numbers.map_batches(Worker, batch_size=1, num_cpus=1, compute=pool).iter_rows():
         yield row["task"], row["found"]
 
 
@@ -174,11 +230,12 @@ def _decoded(stored: bytes) -> Candidates:
         return Candidates(**arrays)
 
 
-def _by_row(found: Candidates) -> Candidates:
-    """Rows in order: the choice must not depend on how they were spread over tasks."""
-    if (np.diff(found.row) >= 0).all():
+def _sorted(found: Candidates) -> Candidates:
+    """By row and bin, best first: the choice must not depend on how rows were spread over tasks."""
+    lists = found.row.astype(np.int64) * len(found.in_band) + found.bin
+    if (np.diff(lists) >= 0).all():
         return found
-    return _numbered(found, np.argsort(found.row, kind="stable"))
+    return _numbered(found, np.lexsort((found.order, lists)))
 
 
 def _numbered(found: Candidates, numbers: Ints) -> Candidates:
@@ -189,11 +246,12 @@ def _numbered(found: Candidates, numbers: Ints) -> Candidates:
 def _replaced(found: Candidates, rows: Ints, parts: list[Candidates], bins: int) -> Candidates:
     """`found` with the candidates of some rows replaced by longer lists of them."""
     others = _numbered(found, np.flatnonzero(~np.isin(found.row, rows)))
-    return replace(_by_row(joined([others, *parts], bins)), in_band=found.in_band)
+    return replace(_sorted(joined([others, *parts], bins)), in_band=found.in_band)
 
 
-def _plan(tiles: _Tiles, problem: JointProblem, search: Search) -> tuple[PlanOf, bool, dict[str, Any]]:
+def make_plan(tiles: Tiles, search: Search) -> tuple[PlanOf, bool, dict[str, Any]]:
     """How rows meet columns, whether that is all of them, and what to tell about it."""
+    problem = tiles.problem
     rows, columns = problem.rows, problem.columns
     if rows.groups is not None and columns.groups is not None:
         row_groups, column_groups = rows.groups, columns.groups
@@ -201,15 +259,15 @@ def _plan(tiles: _Tiles, problem: JointProblem, search: Search) -> tuple[PlanOf,
     if max(len(rows), len(columns)) <= problem.config.approximate_above:
         return Exact, True, {}
     strategy = STRATEGIES[problem.config.strategy]
-    clusters = cluster(problem.vectors, -(-len(columns) // CLUSTER_SIZE), problem.seed)
+    clusters = cluster(problem.vectors.array, -(-len(columns) // CLUSTER_SIZE), problem.seed).cut(8 * CLUSTER_SIZE)
     row_parts, column_parts = (clusters.of_vector[side.instructions] for side in (rows, columns))
     near = clusters.nearest(MOST_NEAR)
     rng = np.random.default_rng([problem.seed, 0x7265])
     sample = np.sort(rng.choice(len(rows), min(SAMPLED_ROWS, len(rows)), replace=False))
     truth = tiles.run(Exact(sample), search)
     nearness = _nearness(near, row_parts[truth.row], column_parts[truth.column])
-    recall = np.cumsum(np.bincount(nearness, minlength=near.shape[1] + 1)[:-1]) / max(1, len(truth.row))
-    enough = int(np.searchsorted(recall, problem.config.min_recall)) + 1
+    recalls = np.cumsum(np.bincount(nearness, minlength=near.shape[1] + 1)[:-1]) / max(1, len(truth.row))
+    enough = int(np.searchsorted(recalls, problem.config.min_recall)) + 1
     notes: dict[str, Any] = {"clusters": len(near)}
     in_band = max(1, truth.in_band.sum()) / (len(sample) * len(columns))
     extra = max(SAMPLED_COLUMNS, int(4 * search.keep * search.bins / in_band))
@@ -221,7 +279,12 @@ def _plan(tiles: _Tiles, problem: JointProblem, search: Search) -> tuple[PlanOf,
     else:
         enough = min(enough, near.shape[1])
         meets, extra = near[:, :enough], 0
-        notes |= {"clusters met": enough, "recall": round(float(recall[enough - 1]), 4)}
+        notes |= {"clusters met": enough, "recall": round(float(recalls[enough - 1]), 4)}
+        if notes["recall"] < problem.config.min_recall:
+            notes["warning"] = (
+                f"approximate candidates find {notes['recall']:.2%} of the exact ones, pairs.joint.min_recall asks for "
+                f"{problem.config.min_recall:.2%}; raise approximate_above to look at all pairs"
+            )
     return lambda some: Parts.of(some, row_parts, column_parts, meets, extra, problem.seed), False, notes
 
 
@@ -259,14 +322,13 @@ def _check_limits(problem: JointProblem, nodes: int) -> None:
         )
 
 
-def _check_least(problem: JointProblem, found: Candidates, chosen: Ints, nodes: int, columns_from: int) -> None:
-    ends = np.concatenate([found.row[chosen], found.column[chosen] + columns_from])
-    degree = np.bincount(ends, minlength=nodes)
+def _check_least(problem: JointProblem, degree: Ints) -> None:
     wanted = problem.config.min_per_item
     if (degree < wanted).any():
         raise InputError(
-            f"pairs.joint.min_per_item: {int((degree < wanted).sum())} of {nodes} items are in fewer than {wanted} "
-            f"pairs (the fewest: {int(degree.min())}); {_mend(problem)}, raise {problem.budget_key} or lower it"
+            f"pairs.joint.min_per_item: {int((degree < wanted).sum())} of {len(degree)} items are in fewer than "
+            f"{wanted} pairs (the fewest: {int(degree.min())}); {_mend(problem)}, raise {problem.budget_key} or "
+            "lower it"
         )
 
 
@@ -283,17 +345,24 @@ def _mend(problem: JointProblem) -> str:
     return ", ".join([*mends, "widen min_similarity/max_similarity"])
 
 
-def _too_few(problem: JointProblem, available: int, *, exact: bool = True) -> InputError:
+def _too_few(problem: JointProblem, count: int, *, exact: bool = True, complete: bool = True) -> InputError:
     """The error of a band, groups or limits that leave fewer pairs than the budget."""
-    seen = "" if exact else " among the approximate candidates (raise approximate_above to look at all pairs)"
+    where = _limits_text(problem)
+    said = (
+        f"{where} leaves {count} pairs" if not problem.limits.max_per_item else f"in {where} {count} pairs were found"
+    )
+    if not exact:
+        said += " among the approximate candidates (raise approximate_above to look at all pairs)"
+    elif not complete:
+        said += f" among the {MOST_CANDIDATES:,} candidates that are looked at most"
     return InputError(
-        f"pairs.joint: {_limits_text(problem)} leaves {available} pairs{seen}, the budget asks for "
-        f"{problem.limits.budget}; {_mend(problem)} or lower {problem.budget_key}"
+        f"pairs.joint: {said}, the budget asks for {problem.limits.budget}; {_mend(problem)} or lower "
+        f"{problem.budget_key}"
     )
 
 
 def near_duplicates(
-    ray: Any, vectors: Vectors, rows: Ints, columns: Ints, config: JointPairs, keep: int, seed: int, bar: Any
+    ray: Any, vectors: SharedVectors, rows: Ints, columns: Ints, config: JointPairs, keep: int, seed: int, bar: Any
 ) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
     """Pairs of instructions (numbers into `vectors`), one of `rows` and one of `columns`, in the band of `config`.
 
@@ -304,7 +373,7 @@ def near_duplicates(
         return rows[:0], rows[:0], np.empty(0, np.float32)
     left, right = (Side(some.astype(np.uint64), some) for some in (rows, columns))
     problem = JointProblem(left, right, vectors, config, budget=0, seed=seed)
-    search = Search(config.strategy, problem.band, min(keep, len(columns)), seed)
-    tiles = _Tiles(ray, problem, bar, None)
-    found = tiles.run(_plan(tiles, problem, search)[0](np.arange(len(rows))), search)
+    search = problem.search(min(keep, len(columns)))
+    tiles = Tiles(ray, problem, bar, None)
+    found = tiles.run(make_plan(tiles, search)[0](np.arange(len(rows))), search)
     return rows[found.row], columns[found.column], found.similarity

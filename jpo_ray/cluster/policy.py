@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jpo_ray.cluster.reference import PASS_TOKENS, packed_rows, unpacked
-from jpo_ray.cluster.session import require_resources, worker_resources
+from jpo_ray.cluster.session import map_on_actors
 from jpo_ray.config import ClusterConfig
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.micro_batches import micro_batches
@@ -56,21 +56,11 @@ def policy_facts(
     bar: Any,
 ) -> npt.NDArray[np.float32]:
     """Of every row of `tokens`: its log-ratio of policy and reference, float32[rows, 1], or embedding, [rows, D]."""
-    wanted = worker_resources(ray, config, config.num_actors)
-    require_resources(ray, "judge", [wanted] * config.num_actors)
     batches = micro_batches(tokens, np.arange(len(tokens)), PASS_TOKENS, packed=True)
-    device = "cuda" if wanted.get("GPU") else "cpu"
-    read = ray.data.from_items(packed_rows(tokens, batches), override_num_blocks=len(batches)).map_batches(
-        PolicyReader,
-        fn_constructor_args=(str(adapter), dtype, load_in_4bit, fact, device, int(wanted["CPU"])),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(batches))),
-        num_cpus=wanted["CPU"],
-        num_gpus=wanted.get("GPU", 0),
-    )
+    rows, arguments = packed_rows(tokens, batches), (str(adapter), dtype, load_in_4bit, fact)
     bar.begin(len(tokens))
     found: dict[int, npt.NDArray[np.float32]] = {}
-    for row in read.iter_rows():
+    for row in map_on_actors(ray, config, "judge", rows, PolicyReader, *arguments):
         members = batches[row["batch"]]
         values = np.frombuffer(row["found"], dtype=np.float32).reshape(len(members), -1)
         found |= dict(zip(members.tolist(), values, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jpo_ray.cluster.session import require_resources, worker_resources
+from jpo_ray.cluster.session import map_on_actors
 from jpo_ray.config import ClusterConfig
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.lanes import side_by_side
@@ -109,26 +109,9 @@ def _scored(
     """Yield (rows, float64[len(rows), 2]) as micro-batches finish."""
     if not len(missing):
         return
-    wanted = worker_resources(ray, config, config.num_actors)
-    require_resources(ray, "reference", [wanted] * config.num_actors)
     batches = micro_batches(tokens, missing, PASS_TOKENS, packed=True)
-    at_once = 1 if wanted.get("GPU") else int(wanted["CPU"])
-    blocks = -(-len(batches) // at_once)
-    scored = ray.data.from_items(packed_rows(tokens, batches), override_num_blocks=blocks).map_batches(
-        ReferenceScorer,
-        fn_constructor_args=(
-            str(model),
-            dtype,
-            load_in_4bit,
-            "cuda" if wanted.get("GPU") else "cpu",
-            int(wanted["CPU"]),
-        ),
-        batch_size=at_once,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, blocks)),
-        num_cpus=wanted["CPU"],
-        num_gpus=wanted.get("GPU", 0),
-    )
-    for row in scored.iter_rows():
+    rows, arguments = packed_rows(tokens, batches), (str(model), dtype, load_in_4bit)
+    for row in map_on_actors(ray, config, "reference", rows, ReferenceScorer, *arguments, row_per_cpu=True):
         yield batches[row["batch"]], np.frombuffer(row["scores"], dtype=np.float64).reshape(-1, 2)
 
 

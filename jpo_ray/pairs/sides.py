@@ -1,7 +1,7 @@
 """The items on one side of the candidate matrix, and hashes of them that stand in for random numbers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,9 @@ class Side:
 
     keys: Keys  # uint64[R], from the item ids
     instructions: Ints  # int64[R]: which instruction; its vector's row
+    _: KW_ONLY
     groups: Ints | None = None  # int64[R]: only items of one group are compared, where given
+    parts: Ints | None = None  # int64[R]: only items of different parts are compared, where given
     facts: Mapping[str, Floats] = field(default_factory=dict)  # float32[R] each: what strategies know of items
 
     def __len__(self) -> int:
@@ -29,6 +31,7 @@ class Side:
             keys=self.keys[rows],
             instructions=self.instructions[rows],
             groups=None if self.groups is None else self.groups[rows],
+            parts=None if self.parts is None else self.parts[rows],
             facts={name: values[rows] for name, values in self.facts.items()},
         )
 
@@ -55,6 +58,12 @@ def random_groups(keys: Keys, count: int, seed: int) -> Ints:
     groups = np.empty(len(keys), dtype=np.int64)
     groups[np.argsort(seeded(keys, seed, purpose=0))] = np.arange(len(keys)) * count // len(keys)
     return groups
+
+
+def rank_in_run(values: npt.NDArray[np.integer]) -> Ints:
+    """Place of each element within its run of equal neighbours, from 0: int64[K]."""
+    starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+    return np.arange(len(values)) - np.repeat(starts, np.diff(np.append(starts, len(values))))
 
 
 def float32(vectors: npt.NDArray[np.float16]) -> Floats:

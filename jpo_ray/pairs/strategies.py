@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jpo_ray.pairs.sides import Floats, Side, seeded
+from jpo_ray.pairs.sides import Floats, Keys, Side, seeded
 
 Priorities = npt.NDArray[Any]  # uint32[R, C] or float32[R, C]
 
@@ -26,35 +26,35 @@ class Tile:
     seed: int
 
     def uniform(self) -> npt.NDArray[np.uint32]:
-        """Uniform uint32[R, C] by hashing both keys; (i, j) and (j, i) differ, so mutual choices are rare."""
-        high_R, low_R = _halves(seeded(self.rows.keys, self.seed, purpose=1))
-        high_C, low_C = _halves(seeded(self.columns.keys, self.seed, purpose=2))
-        # The multiplications and shifts of MurmurHash3, in place: this runs for every pair of items there is.
-        x = low_R[:, None] ^ low_C
-        x *= np.uint32(0x9E3779B1)
-        shifted = x >> np.uint32(15)
+        """uint32[R, C]"""
+        return pair_hash(self.rows.keys[:, None], self.columns.keys, self.seed)
+
+
+def pair_hash(row_keys: Keys, column_keys: Keys, seed: int) -> npt.NDArray[np.uint32]:
+    """Uniform uint32 by both keys, which broadcast; (i, j) and (j, i) differ, so mutual choices are rare."""
+    high_row, low_row = _halves(seeded(row_keys, seed, purpose=1))
+    high_column, low_column = _halves(seeded(column_keys, seed, purpose=2))
+    # The multiplications and shifts of MurmurHash3, in place: this runs for every pair of items there is.
+    x = low_row ^ low_column
+    x *= np.uint32(0x9E3779B1)
+    shifted = x >> np.uint32(15)
+    x ^= shifted
+    x += high_row
+    x ^= high_column
+    for factor, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):
+        x *= np.uint32(factor)
+        np.right_shift(x, np.uint32(shift), out=shifted)
         x ^= shifted
-        x += high_R[:, None]
-        x ^= high_C
-        for factor, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):
-            x *= np.uint32(factor)
-            np.right_shift(x, np.uint32(shift), out=shifted)
-            x ^= shifted
-        return x
+    return x
 
 
-def _halves(keys: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+def _halves(keys: Keys) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
     return (keys >> np.uint64(32)).astype(np.uint32), keys.astype(np.uint32)
 
 
 def uniform(tile: Tile) -> Priorities:
     """`random`, `stratified` and `proxy`: every partner has the same chance."""
     return tile.uniform()
-
-
-def nearest(tile: Tile) -> Priorities:
-    """`similar`: the nearest within the band."""
-    return tile.cosine
 
 
 def even_over_clusters(tile: Tile) -> Priorities:
@@ -72,7 +72,7 @@ def even_over_clusters(tile: Tile) -> Priorities:
 
 @dataclass(frozen=True)
 class Strategy:
-    priority: Callable[[Tile], Priorities]
+    priority: Callable[[Tile], Priorities] | None  # None: the nearest first, for which tiles have a shortcut
     # What an item's partners are looked for among when there are too many items for all pairs: those of nearby
     # clusters, a random sample, or both.
     near: bool = False
@@ -83,7 +83,7 @@ class Strategy:
 
 STRATEGIES = {
     "random": Strategy(uniform),
-    "similar": Strategy(nearest, near=True, sampled=False),
+    "similar": Strategy(None, near=True, sampled=False),
     "stratified": Strategy(uniform, near=True, bins=True),
     "diverse": Strategy(even_over_clusters, clusters=True),
     "proxy": Strategy(uniform),  # what makes it differ are its sides: chosen items against rejected ones

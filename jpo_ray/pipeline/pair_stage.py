@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from jpo_ray.pairs.sides import Side, item_keys, random_groups
 from jpo_ray.pairs.strategies import STRATEGIES
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec
+
+if TYPE_CHECKING:
+    from jpo_ray.cluster.pairing import SharedVectors
 
 COPIES = 8  # near-duplicates of a training instruction within training that are looked at
 ITEM_COLUMNS = ["item_id", "instruction_id", "split", "sft"]
@@ -100,8 +103,9 @@ def _vectors(context: Context, items: pa.Table) -> tuple[list[str], Vectors, dic
 
 def _duplicates(context: Context, items: pa.Table, ids: Sequence[str], vectors: Vectors) -> list[dict[str, Any]]:
     """Rows of `records.NEAR_DUPLICATES`; `instruction_a` is of the less protected split."""
-    from jpo_ray.cluster.pairing import near_duplicates
+    from jpo_ray.cluster.pairing import near_duplicates, share
 
+    shared = share(context.ray(), vectors)
     config, seed = context.config.pairs, context.config.seed
     assert config.near_duplicates is not None
     above = (config.joint or JointPairs()).approximate_above
@@ -118,7 +122,7 @@ def _duplicates(context: Context, items: pa.Table, ids: Sequence[str], vectors: 
             # One that leaks is enough; within training a crowd of copies is linked and not listed pair by pair.
             within = of_split[split] if split == "train" else of_split[split][:0]
             for columns, keep in ((protected, 1), (within, COPIES)):
-                found = near_duplicates(context.ray(), vectors, of_split[split], columns, joint, keep, seed, bar)
+                found = near_duplicates(context.ray(), shared, of_split[split], columns, joint, keep, seed, bar)
                 for one, other, cosine in zip(*(values.tolist() for values in found), strict=True):
                     a, b = ids[one], ids[other]
                     leaks = columns is protected
@@ -144,18 +148,23 @@ def _pair(context: Context, out: Path, tiles: Path) -> dict[str, Any]:
     items = records.read_table(context.path("items") / "items.parquet", records.ITEMS).select(ITEM_COLUMNS)
     embeddings = records.read_table(context.path("embeddings") / "embeddings.parquet", records.EMBEDDINGS)
     row_of = {name: row for row, name in enumerate(embeddings["instruction_id"].to_pylist())}
-    vectors = vectors_of(embeddings["vector"])
+    shared = None
+    if context.config.pairs.joint:
+        from jpo_ray.cluster.pairing import share
+
+        shared = share(context.ray(), vectors_of(embeddings["vector"]))
+    del embeddings
     rows: list[dict[str, Any]] = []
     notes: dict[str, Any] = {}
     for split in ("train", "validation"):
         here = items.filter(pc.equal(items["split"], split)).to_pylist()
         if context.config.pairs.conditional:
             rows += _conditional(here, split)
-        if context.config.pairs.joint and here:
-            rows += _labelled(context, here, split, row_of, vectors)
-            joint, found = _joint(context, here, split, row_of, vectors, tiles / split)
+        if shared and here:
+            rows += _labelled(context, here, split, row_of, shared.array)
+            joint, found = _joint(context, here, split, row_of, shared, tiles / split)
             rows += joint
-            notes |= {f"{split} {name}": value for name, value in found.items()}
+            notes |= {name if name == "warning" else f"{split} {name}": value for name, value in found.items()}
     distinct = list({row["pair_id"]: row for row in reversed(rows)}.values())[::-1]  # a labelled pair stays as such
     table = records.write_table(out / "pairs.parquet", distinct, records.PAIRS)
     kinds = list(zip(table["split"].to_pylist(), table["protocol"].to_pylist(), strict=True))
@@ -190,7 +199,12 @@ def _labelled(
 
 
 def _joint(
-    context: Context, items: list[dict[str, Any]], split: str, row_of: dict[str, int], vectors: Vectors, tiles: Path
+    context: Context,
+    items: list[dict[str, Any]],
+    split: str,
+    row_of: dict[str, int],
+    vectors: "SharedVectors",
+    tiles: Path,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Joint pairs of one split by the configured strategy; as many as D_S has items unless a budget says otherwise."""
     from jpo_ray.cluster.pairing import JointProblem, joint_pairs
@@ -205,14 +219,15 @@ def _joint(
         raise InputError("pairs.joint.strategy: proxy needs labelled comparisons in items.train; there are none")
     groups = -(-len(left) // config.group_size) if config.group_size else None
     most = len(left) * len(right) if right is not left else len(left) * (len(left) - 1) // 2
-    budget = config.budget if split == "train" else config.validation_budget
-    budget = budget or min(most, _default_budget(config, len(members)))
+    key = "budget" if split == "train" else "validation_budget"
+    asked = getattr(config, key)
+    budget = asked or min(most, _default_budget(config, len(members)))
     if not budget:
         return [], {}
-    rows = _side(left, row_of, groups, vectors, config, seed)
-    columns = rows if right is left else _side(right, row_of, groups, vectors, config, seed)
-    key = "pairs.joint.budget" if split == "train" else "pairs.joint.validation_budget"
-    problem = JointProblem(rows, columns, vectors, config, budget, seed, key)
+    rows = _side(left, row_of, groups, vectors.array, config, seed)
+    columns = rows if right is left else _side(right, row_of, groups, vectors.array, config, seed)
+    at_most = split == "validation" and not asked  # a band may leave few of its few items
+    problem = JointProblem(rows, columns, vectors, config, budget, seed, f"pairs.joint.{key}", at_most)
     with progress_bar(context.console, f"candidate pairs ({split})") as bar:
         choice = joint_pairs(context.ray(), problem, bar, tiles)
     pairs = [
@@ -259,7 +274,8 @@ def _side(
     if STRATEGIES[config.strategy].clusters:
         of_item = cluster(vectors[instructions], config.clusters, seed).of_vector
         facts["cluster_size"] = np.bincount(of_item)[of_item].astype(np.float32)
-    return Side(keys, instructions, None if groups is None else random_groups(keys, groups, seed), facts)
+    of_group = None if groups is None else random_groups(keys, groups, seed)
+    return Side(keys, instructions, groups=of_group, facts=facts)
 
 
 def _pair_row(a: str, b: str, protocol: str, similarity: float, strategy: str, split: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_vectors_do_not_depend_on_actors_and_serve_other_runs(
         names = ids[start : start + 64]
         answer = one({"batch": [0], "texts": [[TEXTS[name] for name in names]]})
         assert found.vectors[[place[name] for name in names]].tobytes() == answer["vectors"][0]
-    monkeypatch.setattr(embedding, "require_resources", lambda *_: pytest.fail("actors were asked for"))
+    monkeypatch.setattr(embedding, "map_on_actors", lambda *_: pytest.fail("actors were asked for"))
     some = {name: TEXTS[name] for name in ("id149", "id003", "id077")}
     again = embed(None, some)
     assert again.cached == 3

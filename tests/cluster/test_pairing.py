@@ -15,7 +15,7 @@ from pairs.world import clustered_vectors, side, unit_vectors
 
 from cluster.running import NoBar
 from jpo_ray.cluster import pairing
-from jpo_ray.cluster.pairing import JointChoice, JointProblem, joint_pairs, near_duplicates
+from jpo_ray.cluster.pairing import JointChoice, JointProblem, SharedVectors, joint_pairs, near_duplicates, share
 from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
 from jpo_ray.pairs import plans
@@ -24,12 +24,14 @@ from jpo_ray.pairs.sides import Side, random_groups
 
 Pairs = list[tuple[int, int]]
 ON_RAY = pairing._tasks_on_ray
-HERE = SimpleNamespace(put=lambda value: value)
+HERE = SimpleNamespace(put=lambda value: value, get=lambda value: value)
 
 
-def tasks_here(_: Any, shared: Any, plan: Any, tasks: list[int], search: Any) -> Iterator[tuple[int, bytes]]:
+def tasks_here(
+    _: Any, sides: Any, vectors: SharedVectors, plan: Any, tasks: list[int], search: Any
+) -> Iterator[tuple[int, bytes]]:
     for task in reversed(tasks):
-        yield task, pairing.encoded(run_task(plan, task, *shared, search))
+        yield task, pairing.encoded(run_task(plan, task, *sides, vectors.array, search))
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +40,20 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairing, "_tasks_on_ray", tasks_here)
 
 
-def problem(rows: Side, vectors: np.ndarray, columns: Side | None = None, **options: Any) -> JointProblem:
+def choose(
+    rows: Side,
+    vectors: np.ndarray,
+    columns: Side | None = None,
+    *,
+    ray: Any = HERE,
+    parts: Path | None = None,
+    at_most: bool = False,
+    **options: Any,
+) -> JointChoice:
     budget, seed = options.pop("budget", len(rows)), options.pop("seed", 0)
-    return JointProblem(rows, columns or rows, vectors, JointPairs(**options), budget, seed)
-
-
-def choose(*arguments: Any, ray: Any = HERE, parts: Path | None = None, **options: Any) -> JointChoice:
-    return joint_pairs(ray, problem(*arguments, **options), NoBar(), parts)
+    config = JointPairs(**options)
+    problem = JointProblem(rows, columns or rows, share(ray, vectors), config, budget, seed, at_most=at_most)
+    return joint_pairs(ray, problem, NoBar(), parts)
 
 
 def pairs_of(*arguments: Any, **options: Any) -> Pairs:
@@ -154,12 +163,7 @@ def test_groups_are_kept_to() -> None:
 @pytest.mark.parametrize(("limit", "budget"), [(2, 30), (4, 60), (5, 70), (3, 44)])
 def test_no_item_is_in_more_pairs_than_it_may(strategy: str, limit: int, budget: int) -> None:
     """Down to limits that leave no choice: 30 items in exactly 2 of 30 pairs, 4 of 60."""
-    try:
-        pairs = pairs_of(side(30), unit_vectors(30), strategy=strategy, budget=budget, max_per_item=limit)
-    except InputError as error:  # a walk in order may end with two items left that are paired already
-        assert limit * 30 == 2 * budget
-        assert f"max_per_item {limit} leaves" in str(error)  # noqa: PT017
-        return
+    pairs = pairs_of(side(30), unit_vectors(30), strategy=strategy, budget=budget, max_per_item=limit)
     assert max(degrees(pairs, 30)) <= limit
     assert len(pairs) == budget
 
@@ -178,6 +182,58 @@ def test_connected_pairs_join_all_items() -> None:
         InputError, match=r"connected: .*\[0\.55, 1\] leave fall into 2 parts, which no pair joins; widen"
     ):
         pairs_of(rows, vectors, min_similarity=0.55, connected=True)
+
+
+def test_many_clouds_are_joined_without_longer_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 clouds of 15 near-equal items: the nearest 6 of an item never leave its cloud."""
+    monkeypatch.setattr(pairing, "MOST_CANDIDATES", 0)
+    vectors = clustered_vectors(600, 40, seed=3, spread=0.05)
+    rows = side(600)
+    options = {"strategy": "similar", "budget": 700, "connected": True}
+    pairs = pairs_of(rows, vectors, **options)
+    assert (len(pairs), components(pairs, 600)) == (700, 1)
+    between = cosines(vectors)[tuple(np.array(pairs).T)] < 0.8
+    assert 30 < between.sum() < 80  # a bridge or two for each cloud
+    limited = pairs_of(rows, vectors, max_per_item=4, **options)
+    assert components(limited, 600) == 1
+    assert max(degrees(limited, 600)) <= 4
+
+
+def test_two_sides_are_joined() -> None:
+    """Rows and columns in two clouds each, whose cosines with the other cloud are below 0.5."""
+    vectors = np.concatenate([unit_vectors(20, seed=1), -unit_vectors(20, seed=2)])
+    assert cosines(vectors)[:20, 20:].max() < 0.5
+    rows = side(20, [*range(10), *range(20, 30)])
+    columns = side(20, [*range(10, 20), *range(30, 40)], name="rejected")
+    pairs = pairs_of(rows, vectors, columns, strategy="proxy", connected=True, budget=39)
+    assert len(pairs) == 39
+    assert components([(row, 20 + column) for row, column in pairs], 40) == 1
+    with pytest.raises(InputError, match=r"fall into \d parts, which no pair joins"):
+        pairs_of(rows, vectors, columns, strategy="proxy", connected=True, budget=60, min_similarity=0.5)
+
+
+@pytest.mark.parametrize(("least", "budget"), [(1, 60), (2, 115), (3, 170), (5, 300)])
+def test_every_item_gets_its_least_where_the_budget_allows(least: int, budget: int) -> None:
+    """100 items, at least so many pairs of each; with chance alone some have fewer."""
+    rows, vectors = side(100), unit_vectors(100)
+    assert min(degrees(pairs_of(rows, vectors, budget=budget), 100)) < least or least == 1
+    assert min(degrees(pairs_of(rows, vectors, budget=budget, min_per_item=least), 100)) >= least
+
+
+def test_a_limit_leaves_the_shares_of_similarities_equal() -> None:
+    """Few pairs are as similar as the last range asks for, and they crowd on few items."""
+    vectors = unit_vectors(300)
+    options = {"strategy": "stratified", "bins": 4, "min_similarity": 0.0, "max_similarity": 0.9, "max_per_item": 2}
+    found = choose(side(300), vectors, budget=240, **options).pairs
+    counts = np.histogram(found["similarity"].to_numpy(), bins=4, range=(0.0, 0.9))[0]
+    assert counts.tolist() == [60, 60, 60, 60]
+    assert max(degrees(list(zip(found["row"].to_pylist(), found["column"].to_pylist(), strict=True)), 300)) <= 2
+
+
+def test_a_budget_that_is_only_wished_for_takes_what_there_is() -> None:
+    rows, vectors = side(30), unit_vectors(30)
+    there = int(np.triu(cosines(vectors) >= 0.5, 1).sum())
+    assert len(choose(rows, vectors, min_similarity=0.5, budget=there + 50, at_most=True).pairs) == there
 
 
 @pytest.mark.parametrize(
@@ -267,6 +323,14 @@ def test_approximate_candidates_find_what_is_near_and_say_how_much_of_it() -> No
     assert len(same) > 0.95 * 1500
 
 
+def test_too_little_recall_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing, "MOST_NEAR", 1)
+    vectors = clustered_vectors(1500, 40, seed=4)
+    notes = choose(side(1500), vectors, strategy="similar", approximate_above=1000, min_recall=0.999).notes
+    assert 0.1 < notes["recall"] < 0.999
+    assert re.search(r"find \d+\.\d+% of the exact ones, .*min_recall asks for 99\.90%", notes["warning"])
+
+
 def test_random_pairs_of_many_items_come_from_a_sample_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 100)
     rows, vectors = side(1500), unit_vectors(1500)
@@ -287,10 +351,10 @@ def test_near_duplicates_are_found_in_both_modes() -> None:
     every = np.arange(1200)
     for above in (5000, 500):
         config = JointPairs(strategy="similar", min_similarity=0.99, approximate_above=above)
-        first, second, similarity = near_duplicates(HERE, copies, every, every, config, 8, 0, NoBar())
+        first, second, similarity = near_duplicates(HERE, share(HERE, copies), every, every, config, 8, 0, NoBar())
         assert set(zip(first.tolist(), second.tolist(), strict=True)) == expected | {(b, a) for a, b in expected}
         assert similarity.min() > 0.99
-        some = near_duplicates(HERE, copies, every[700:], every[:10], config, 1, 0, NoBar())
+        some = near_duplicates(HERE, share(HERE, copies), every[700:], every[:10], config, 1, 0, NoBar())
         assert list(zip(*(values.tolist() for values in some[:2]), strict=True)) == [(700, 3), (701, 5), (702, 5)]
 
 

@@ -25,7 +25,8 @@ def pairs(parts: list[Candidates]) -> set[tuple[int, int]]:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "BLOCK_ROWS", 16)
+    for name in ("BLOCK_ROWS", "TASK_ROWS"):
+        monkeypatch.setattr(plans, name, 16)
 
 
 def test_tasks_of_the_exact_plan_are_one_block_of_all() -> None:
@@ -86,6 +87,18 @@ def test_few_vectors_make_few_clusters(count: int) -> None:
     found = cluster(unit_vectors(3), count, seed=0)
     assert 1 <= len(found.centroids) <= 3
     assert set(found.of_vector.tolist()) == set(range(len(found.centroids)))
+
+
+def test_a_crowd_of_equal_vectors_is_dealt_out_to_several_clusters() -> None:
+    vectors = np.concatenate([np.repeat(unit_vectors(1, seed=2), 500, axis=0), unit_vectors(100)])
+    whole = cluster(vectors, 12, seed=0)
+    assert np.bincount(whole.of_vector).max() >= 500
+    clusters = whole.cut(64)
+    sizes = np.bincount(clusters.of_vector)
+    assert len(sizes) == len(clusters.centroids)
+    assert sizes.min() >= 1
+    assert sizes.max() <= 64
+    assert (clusters.centroids[clusters.of_vector] == whole.centroids[whole.of_vector]).all()
 
 
 def test_neighbours_are_found_in_few_clusters() -> None:

@@ -56,18 +56,28 @@ def test_a_full_item_takes_no_more_pairs() -> None:
     """At most one pair each: (2, 1) fills 1 and 2, so nothing is left for 0."""
     chosen = select(FOUND, 3, 0, Limits(3, max_per_item=1))
     assert pairs(FOUND, chosen.numbers) == [(2, 1)]
-    assert chosen.full.tolist() == [False, True, True]
+    assert chosen.degree.tolist() == [0, 1, 1]
+
+
+def test_a_taken_pair_gives_way_where_that_makes_room() -> None:
+    """A path 2-0-1-3: 0-1, everybody's first choice, blocks the two others when one pair each is all there may be."""
+    found = candidates([(0, 1, 0, 1), (0, 2, 0, 5), (1, 0, 0, 2), (1, 3, 0, 6)])
+    chosen = select(found, 4, 0, Limits(2, max_per_item=1))
+    assert {frozenset(pair) for pair in pairs(found, chosen.numbers)} == {frozenset((0, 2)), frozenset((1, 3))}
+    assert chosen.degree.tolist() == [1, 1, 1, 1]
+    assert pairs(found, select(found, 4, 0, Limits(1, max_per_item=1)).numbers) == [(0, 1)]
 
 
 def test_connected_pairs_come_first() -> None:
     """Two pairs of neighbours, 0-1 and 2-3; the only bridge, 0-3, is everybody's last choice."""
     found = candidates([(0, 1, 0, 1), (0, 3, 0, 9), (1, 0, 0, 2), (2, 3, 0, 3), (3, 2, 0, 4), (3, 0, 0, 8)])
     chosen = select(found, 4, 0, Limits(3, connected=True))
-    assert chosen.components == 1
+    assert not chosen.parts.any()
     assert {frozenset(pair) for pair in pairs(found, chosen.numbers)} == {
         frozenset(p) for p in ((0, 1), (2, 3), (0, 3))
     }
-    assert select(candidates([(0, 1, 0, 1), (2, 3, 0, 1)]), 4, 0, Limits(2, connected=True)).components == 2
+    apart = select(candidates([(0, 1, 0, 1), (2, 3, 0, 1)]), 4, 0, Limits(2, connected=True))
+    assert apart.parts.tolist() == [0, 0, 1, 1]
 
 
 def test_bins_get_equal_shares_and_what_one_lacks_the_others_get() -> None:

@@ -47,11 +47,13 @@ class Cluster:
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
         return embedding.Embedded(vectors, cached=0, truncated=0)
 
-    def tasks(self, _ray: Any, sides: Any, plan: Any, tasks: list[int], search: Any) -> Iterator[tuple[int, bytes]]:
+    def tasks(
+        self, _ray: Any, sides: Any, vectors: Any, plan: Any, tasks: list[int], search: Any
+    ) -> Iterator[tuple[int, bytes]]:
         if self.calls[-1:] != ["tiles"]:  # however many passes
             self.calls.append("tiles")
         for task in tasks:
-            yield task, pairing.encoded(run_task(plan, task, *sides, search))
+            yield task, pairing.encoded(run_task(plan, task, *sides, vectors.array, search))
 
     def run_training(
         self, _ray: Any, _config: Any, stage: str, work: training.Work, out: Path, show: Any
@@ -111,7 +113,7 @@ def install(patch: pytest.MonkeyPatch) -> Cluster:
     patch.setattr(training, "run_training", cluster.run_training)
     patch.setattr(reference, "_scored", cluster.scored)
     patch.setattr(sampling, "generate", cluster.generate)
-    patch.setattr(Context, "ray", lambda _: SimpleNamespace(put=lambda value: value))
+    patch.setattr(Context, "ray", lambda _: SimpleNamespace(put=lambda value: value, get=lambda value: value))
     return cluster
 
 
