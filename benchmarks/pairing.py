@@ -263,7 +263,8 @@ def choose(
     parts: str | None = None,
     kill: bool = False,
 ) -> Row:
-    from jpo_ray.cluster.pairing import JointProblem, joint_pairs, share
+    from jpo_ray.cluster.pairing import JointProblem, joint_pairs
+    from jpo_ray.cluster.tiles import share
 
     vectors, side, bar = make_vectors(count), _side(count), Bar(kill)
     config = JointPairs(min_similarity=low, max_similarity=high)
@@ -280,23 +281,25 @@ def choose(
 
 def exact_lists(count: int, keep: int, cpus: int) -> Row:
     """The exact top of every row in the band, by cosine."""
-    from jpo_ray.cluster.pairing import share
+    from jpo_ray.cluster.tiles import share
     from jpo_ray.pairs.plans import Exact
 
     vectors = make_vectors(count)
     with _ray(cpus) as ray, Watch() as watch:
-        tiles, search = _nearest(ray, share(ray, vectors), keep, max_similarity=BAND[1])
+        tiles, _, search = _nearest(ray, share(ray, vectors), keep, max_similarity=BAND[1])
         found = tiles.run(Exact(np.arange(count)), search)
     sample = {int(row): found.column[found.row == row].tolist()[:8] for row in range(50)}
     return {"seconds": watch.seconds, "candidates": len(found.row), "sample": sample}
 
 
-def _nearest(ray: Any, vectors: Any, keep: int, **options: Any) -> tuple[Any, Any]:
-    from jpo_ray.cluster.pairing import JointProblem, Tiles
+def _nearest(ray: Any, vectors: Any, keep: int, **options: Any) -> tuple[Any, Any, Any]:
+    """Tiles of the nearest `keep` of every item, the problem and the search."""
+    from jpo_ray.cluster.pairing import JointProblem
+    from jpo_ray.cluster.tiles import Tiles
 
     side = _side(len(vectors.array))
     problem = JointProblem(side, side, vectors, JointPairs(strategy="similar", **options), len(side), 0)
-    return Tiles(ray, problem, Bar(), None), problem.search(keep)
+    return Tiles(ray, side, side, vectors, Bar()), problem, problem.search(keep)
 
 
 def faiss_flat(count: int, keep: int) -> Row:
@@ -317,14 +320,15 @@ def _agreement(ours: Row, theirs: Row) -> float:
 
 
 def approximate_lists(count: int, keep: int, cpus: int) -> Row:
-    from jpo_ray.cluster.pairing import make_plan, share
+    from jpo_ray.cluster.pairing import make_plan
+    from jpo_ray.cluster.tiles import share
     from jpo_ray.pairs.plans import Exact
 
     with _ray(cpus) as ray:
         vectors = share(ray, make_vectors(count))
         with Watch() as watch:
-            tiles, search = _nearest(ray, vectors, keep, approximate_above=50_000)
-            plan_of, _, notes = make_plan(tiles, search)
+            tiles, problem, search = _nearest(ray, vectors, keep, approximate_above=50_000)
+            plan_of, _, notes = make_plan(tiles, problem, search)
             found = tiles.run(plan_of(np.arange(count)), search)
         # On rows that the plan was not tuned by.
         some = np.sort(np.random.default_rng(99).choice(count, RECALL_ROWS, replace=False))

@@ -1,9 +1,7 @@
-"""Candidate tiles on Ray Data, and the pairs chosen from them."""
+"""The pairs to compare: candidates of every item, and the choice among them."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from jpo_ray.cluster.tiles import SharedVectors, Tiles, by_row, numbered
 from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
 from jpo_ray.pairs.candidates import Candidates, Search, joined
 from jpo_ray.pairs.clusters import cluster
-from jpo_ray.pairs.plans import Exact, Parts, Plan, grouped, run_task
+from jpo_ray.pairs.plans import Exact, Parts, Plan, grouped
 from jpo_ray.pairs.selection import Limits, candidates_per_row, select
 from jpo_ray.pairs.sides import Ints, Side
 from jpo_ray.pairs.strategies import STRATEGIES
@@ -23,28 +22,12 @@ from jpo_ray.pairs.strategies import STRATEGIES
 CLUSTER_SIZE = 256  # of approximate candidates: rows that meet the same columns
 MOST_CANDIDATES = 2**26  # that longer lists may hold: 1.1 GiB
 MOST_NEAR = 64  # clusters that a row may meet
-QUICK_PAIRS = 2**27  # from which loading torch for quicker products pays
 SAMPLED_ROWS = 256  # on which recall is measured
 SAMPLED_COLUMNS = 4096  # that a cluster's rows meet at random, at least
 
 JOINING = 2  # partners in other parts of the graph that an item looks for
 
-Vectors = npt.NDArray[np.float16]
 PlanOf = Callable[[Ints], Plan]
-
-
-@dataclass(frozen=True)
-class SharedVectors:
-    """Vectors of instructions, float16[n, d], in Ray's object store, and this process's view of them there."""
-
-    reference: Any
-    array: Vectors
-
-
-def share(ray: Any, vectors: Vectors) -> SharedVectors:
-    """Put vectors where all workers read them; the caller's copy is not needed any longer."""
-    reference = ray.put(vectors)
-    return SharedVectors(reference, ray.get(reference))
 
 
 @dataclass(frozen=True)
@@ -95,17 +78,17 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
     bins = problem.config.bins if STRATEGIES[problem.config.strategy].bins else 1
     keep = min(candidates_per_row(limits.budget, len(rows), bins), len(columns))
     search = problem.search(keep, bins)
-    tiles = Tiles(ray, problem, bar, parts)
-    plan_of, exact, notes = make_plan(tiles, search)
+    tiles = Tiles(ray, rows, columns, problem.vectors, bar, parts)
+    plan_of, exact, notes = make_plan(tiles, problem, search)
     found = tiles.run(plan_of(np.arange(len(rows))), search)
     kept = np.full(len(rows), keep)  # candidates of each row and bin that were kept
     joining: list[Candidates] = []  # pairs that join what would fall apart
     graph_parts = nodes + 1
     while True:
-        every = _sorted(replace(joined([found, *joining], bins), in_band=found.in_band)) if joining else found
+        every = by_row(replace(joined([found, *joining], bins), in_band=found.in_band)) if joining else found
         chosen = select(every, nodes, columns_from, limits)
         if chosen.parts.any():
-            joining.append(_joining(tiles, plan_of, search, chosen.parts, fewer_than=graph_parts))
+            joining.append(_joining(tiles, problem, plan_of, search, chosen.parts, fewer_than=graph_parts))
             graph_parts = 1 + int(chosen.parts.max())
             continue
         missing = limits.budget - len(chosen.numbers)
@@ -129,13 +112,15 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
     return JointChoice(pa.table(table), notes)
 
 
-def _joining(tiles: "Tiles", plan_of: PlanOf, search: Search, parts: Ints, *, fewer_than: int) -> Candidates:
+def _joining(
+    tiles: Tiles, problem: JointProblem, plan_of: PlanOf, search: Search, parts: Ints, *, fewer_than: int
+) -> Candidates:
     """Candidates that join the parts of the graph: of each item the best in another part.
 
     All parts but the largest look for partners, so their number is halved at least, where there are any (Boruvka).
     Raises `InputError` where there are none, or no fewer parts than the last time.
     """
-    problem, count = tiles.problem, 1 + int(parts.max())
+    count = 1 + int(parts.max())
     rows = np.arange(len(problem.rows))
     if problem.symmetric:
         rows = np.flatnonzero(parts != np.bincount(parts).argmax())
@@ -148,110 +133,14 @@ def _joining(tiles: "Tiles", plan_of: PlanOf, search: Search, parts: Ints, *, fe
     return found
 
 
-class Tiles:
-    """Runs plans over the problem's sides. With `folder`, what a task found is kept there until all is done."""
-
-    def __init__(self, ray: Any, problem: JointProblem, bar: Any, folder: Path | None) -> None:
-        self.problem = problem
-        self._ray, self._bar, self._folder = ray, bar, folder
-        self._sides = ray.put((problem.rows, problem.columns))
-        self._runs = 0
-
-    def run(self, plan: Plan, search: Search, parts: Ints | None = None) -> Candidates:
-        """The candidates of all the plan's rows, by row; with `parts` (of every node) only those of different parts."""
-        self._runs += 1
-        # Not for blocks of all sizes: for every shape the quicker product compiles a kernel of its own.
-        quick = isinstance(plan, Exact) and len(plan.rows) * len(self.problem.columns) >= QUICK_PAIRS
-        search = replace(search, quick=quick)
-        sides = self._sides
-        if parts is not None:
-            rows = replace(self.problem.rows, parts=parts[: len(self.problem.rows)])
-            columns = replace(self.problem.columns, parts=parts[-len(self.problem.columns) :])
-            sides = self._ray.put((rows, columns))
-        prefix = f"{self._runs}-{plan.tasks}-{search.keep}"
-        done = self._kept(prefix)
-        self._bar.begin(plan.tasks)
-        self._bar.advance(len(done))
-        left = [task for task in range(plan.tasks) if task not in done]
-        for task, found in _tasks_on_ray(self._ray, sides, self.problem.vectors, plan, left, search):
-            done[task] = found
-            if self._folder is not None:
-                staged = self._folder / f".{prefix}-{task}"
-                with staged.open("wb") as file:
-                    file.write(found)
-                    file.flush()
-                    os.fsync(file.fileno())
-                staged.rename(self._folder / f"{prefix}-{task}.npz")
-            self._bar.advance(1)
-        return _sorted(joined([_decoded(done.pop(task)) for task in sorted(done)], search.bins))
-
-    def _kept(self, prefix: str) -> dict[int, bytes]:
-        if self._folder is None:
-            return {}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        paths = self._folder.glob(f"{prefix}-*.npz")
-        return {int(path.stem.rsplit("-", 1)[1]): path.read_bytes() for path in paths}
-
-
-def _tasks_on_ray(
-    ray: Any, sides: Any, vectors: SharedVectors, plan: Plan, tasks: list[int], search: Search
-) -> Iterator[tuple[int, bytes]]:
-    """Each task's candidates, encoded, as they are done."""
-    if not tasks:
-        return
-    shared = ray.put(plan), sides, vectors.reference
-
-    class Worker:
-        """Actor, so that the next task is there when one is done."""
-
-        def __init__(self) -> None:
-            self.plan, (self.rows, self.columns), self.vectors = ray.get(list(shared))
-
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            task = int(batch["task"][0])
-            found = run_task(self.plan, task, self.rows, self.columns, self.vectors, search)
-            return {"task": [task], "found": [encoded(found)]}
-
-    actors = max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(tasks)))
-    numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
-    pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors, max_tasks_in_flight_per_actor=2)
-    for row in numbers.map_batches(Worker, batch_size=1, num_cpus=1, compute=pool).iter_rows():
-        yield row["task"], row["found"]
-
-
-def encoded(found: Candidates) -> bytes:
-    buffer = BytesIO()
-    np.savez(buffer, **found.__dict__)
-    return buffer.getvalue()
-
-
-def _decoded(stored: bytes) -> Candidates:
-    with np.load(BytesIO(stored), allow_pickle=False) as arrays:
-        return Candidates(**arrays)
-
-
-def _sorted(found: Candidates) -> Candidates:
-    """By row and bin, best first: the choice must not depend on how rows were spread over tasks."""
-    lists = found.row.astype(np.int64) * len(found.in_band) + found.bin
-    if (np.diff(lists) >= 0).all():
-        return found
-    return _numbered(found, np.lexsort((found.order, lists)))
-
-
-def _numbered(found: Candidates, numbers: Ints) -> Candidates:
-    columns = {name: values[numbers] for name, values in found.__dict__.items() if name != "in_band"}
-    return replace(found, **columns)
-
-
 def _replaced(found: Candidates, rows: Ints, parts: list[Candidates], bins: int) -> Candidates:
     """`found` with the candidates of some rows replaced by longer lists of them."""
-    others = _numbered(found, np.flatnonzero(~np.isin(found.row, rows)))
-    return replace(_sorted(joined([others, *parts], bins)), in_band=found.in_band)
+    others = numbered(found, np.flatnonzero(~np.isin(found.row, rows)))
+    return replace(by_row(joined([others, *parts], bins)), in_band=found.in_band)
 
 
-def make_plan(tiles: Tiles, search: Search) -> tuple[PlanOf, bool, dict[str, Any]]:
+def make_plan(tiles: Tiles, problem: JointProblem, search: Search) -> tuple[PlanOf, bool, dict[str, Any]]:
     """How rows meet columns, whether that is all of them, and what to tell about it."""
-    problem = tiles.problem
     rows, columns = problem.rows, problem.columns
     if rows.groups is not None and columns.groups is not None:
         row_groups, column_groups = rows.groups, columns.groups
@@ -374,6 +263,6 @@ def near_duplicates(
     left, right = (Side(some.astype(np.uint64), some) for some in (rows, columns))
     problem = JointProblem(left, right, vectors, config, budget=0, seed=seed)
     search = problem.search(min(keep, len(columns)))
-    tiles = Tiles(ray, problem, bar, None)
-    found = tiles.run(make_plan(tiles, search)[0](np.arange(len(rows))), search)
+    tiles = Tiles(ray, left, right, vectors, bar)
+    found = tiles.run(make_plan(tiles, problem, search)[0](np.arange(len(rows))), search)
     return rows[found.row], columns[found.column], found.similarity

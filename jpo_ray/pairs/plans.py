@@ -12,7 +12,6 @@ from jpo_ray.pairs.candidates import BLOCK_ROWS, Candidates, Search, block_candi
 from jpo_ray.pairs.product import bfloat16_is_quicker
 from jpo_ray.pairs.sides import Ints, Side
 
-
 TASK_ROWS = 16_384  # of parts, which meet few columns each
 
 

@@ -21,7 +21,7 @@ from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec
 
 if TYPE_CHECKING:
-    from jpo_ray.cluster.pairing import SharedVectors
+    from jpo_ray.cluster.tiles import SharedVectors
 
 COPIES = 8  # near-duplicates of a training instruction within training that are looked at
 ITEM_COLUMNS = ["item_id", "instruction_id", "split", "sft"]
@@ -103,7 +103,8 @@ def _vectors(context: Context, items: pa.Table) -> tuple[list[str], Vectors, dic
 
 def _duplicates(context: Context, items: pa.Table, ids: Sequence[str], vectors: Vectors) -> list[dict[str, Any]]:
     """Rows of `records.NEAR_DUPLICATES`; `instruction_a` is of the less protected split."""
-    from jpo_ray.cluster.pairing import near_duplicates, share
+    from jpo_ray.cluster.pairing import near_duplicates
+    from jpo_ray.cluster.tiles import share
 
     shared = share(context.ray(), vectors)
     config, seed = context.config.pairs, context.config.seed
@@ -150,7 +151,7 @@ def _pair(context: Context, out: Path, tiles: Path) -> dict[str, Any]:
     row_of = {name: row for row, name in enumerate(embeddings["instruction_id"].to_pylist())}
     shared = None
     if context.config.pairs.joint:
-        from jpo_ray.cluster.pairing import share
+        from jpo_ray.cluster.tiles import share
 
         shared = share(context.ray(), vectors_of(embeddings["vector"]))
     del embeddings

@@ -14,8 +14,9 @@ import pytest
 from pairs.world import clustered_vectors, side, unit_vectors
 
 from cluster.running import NoBar
-from jpo_ray.cluster import pairing
-from jpo_ray.cluster.pairing import JointChoice, JointProblem, SharedVectors, joint_pairs, near_duplicates, share
+from jpo_ray.cluster import pairing, tiles
+from jpo_ray.cluster.pairing import JointChoice, JointProblem, joint_pairs, near_duplicates
+from jpo_ray.cluster.tiles import SharedVectors, share
 from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
 from jpo_ray.pairs import plans
@@ -23,7 +24,7 @@ from jpo_ray.pairs.plans import run_task
 from jpo_ray.pairs.sides import Side, random_groups
 
 Pairs = list[tuple[int, int]]
-ON_RAY = pairing._tasks_on_ray
+ON_RAY = tiles._tasks_on_ray
 HERE = SimpleNamespace(put=lambda value: value, get=lambda value: value)
 
 
@@ -31,13 +32,13 @@ def tasks_here(
     _: Any, sides: Any, vectors: SharedVectors, plan: Any, tasks: list[int], search: Any
 ) -> Iterator[tuple[int, bytes]]:
     for task in reversed(tasks):
-        yield task, pairing.encoded(run_task(plan, task, *sides, vectors.array, search))
+        yield task, tiles.encoded(run_task(plan, task, *sides, vectors.array, search))
 
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run in this process instead of on Ray, the last one first."""
-    monkeypatch.setattr(pairing, "_tasks_on_ray", tasks_here)
+    monkeypatch.setattr(tiles, "_tasks_on_ray", tasks_here)
 
 
 def choose(
@@ -301,10 +302,10 @@ def test_a_killed_run_goes_on_with_the_tasks_it_had_done(tmp_path: Path, monkeyp
         return tasks
 
     expected = choose(rows, vectors).pairs
-    monkeypatch.setattr(pairing, "_tasks_on_ray", dying(after=4))
+    monkeypatch.setattr(tiles, "_tasks_on_ray", dying(after=4))
     with pytest.raises(KeyboardInterrupt):
         choose(rows, vectors, parts=tmp_path)
-    monkeypatch.setattr(pairing, "_tasks_on_ray", dying(after=6))
+    monkeypatch.setattr(tiles, "_tasks_on_ray", dying(after=6))
     assert choose(rows, vectors, parts=tmp_path).pairs == expected
     assert sorted(ran) == [0, 1, 2, 3, 4, 5]
 
@@ -369,12 +370,14 @@ def test_proxy_pairs_within_groups_that_lack_a_side() -> None:
 
 @pytest.mark.ray
 def test_tasks_on_ray_give_what_tasks_here_give(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven tasks of Ray Data, some without any candidate, against one task in this process."""
+    """Seven tasks of Ray Data, some without any candidate, as tasks and in actors, against one in this process."""
     rows, vectors = side(40), unit_vectors(40)
-    for strategy, low, budget in (("random", -1.0, 40), ("similar", 0.66, 20), ("stratified", 0.1, 30)):
+    ways = (("random", -1.0, 40, 16), ("similar", 0.66, 20, 16), ("stratified", 0.1, 30, 16), ("random", -1.0, 40, 2))
+    for strategy, low, budget, pool in ways:
         options = {"strategy": strategy, "min_similarity": low, "budget": budget, "seed": 4}
         expected = choose(rows, vectors, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(pairing, "_tasks_on_ray", ON_RAY)
+            patch.setattr(tiles, "_tasks_on_ray", ON_RAY)
             patch.setattr(plans, "BLOCK_ROWS", 6)
+            patch.setattr(tiles, "POOL_TASKS", pool)
             assert choose(rows, vectors, ray=ray_cluster, **options).pairs == expected.pairs

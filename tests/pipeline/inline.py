@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jpo_ray.cluster import embedding, pairing, policy, reference, sampling, training
+from jpo_ray.cluster import embedding, policy, reference, sampling, tiles, training
 from jpo_ray.config import RunConfig
 from jpo_ray.config_file import parse_config
 from jpo_ray.data.tokens import TokenizedItems
@@ -53,7 +53,7 @@ class Cluster:
         if self.calls[-1:] != ["tiles"]:  # however many passes
             self.calls.append("tiles")
         for task in tasks:
-            yield task, pairing.encoded(run_task(plan, task, *sides, vectors.array, search))
+            yield task, tiles.encoded(run_task(plan, task, *sides, vectors.array, search))
 
     def run_training(
         self, _ray: Any, _config: Any, stage: str, work: training.Work, out: Path, show: Any
@@ -108,7 +108,7 @@ def install(patch: pytest.MonkeyPatch) -> Cluster:
     """Put a `Cluster` in the place of Ray."""
     cluster = Cluster()
     patch.setattr(embedding, "embed_texts", cluster.embed_texts)
-    patch.setattr(pairing, "_tasks_on_ray", cluster.tasks)
+    patch.setattr(tiles, "_tasks_on_ray", cluster.tasks)
     patch.setattr(policy, "policy_facts", cluster.policy_facts)
     patch.setattr(training, "run_training", cluster.run_training)
     patch.setattr(reference, "_scored", cluster.scored)

@@ -1,0 +1,138 @@
+"""Candidate tiles on Ray Data: plans run as tasks of an actor pool, resumably.
+
+Workers import this module: it must stay light.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jpo_ray.pairs.candidates import Candidates, Search, joined
+from jpo_ray.pairs.plans import Exact, Plan, run_task
+from jpo_ray.pairs.sides import Ints, Side
+from jpo_ray.pairs.strategies import STRATEGIES
+
+POOL_TASKS = 16  # from which starting actors pays
+QUICK_PAIRS = 2**31  # from which loading torch for quicker products pays
+
+Vectors = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class SharedVectors:
+    """Vectors of instructions, float16[n, d], in Ray's object store, and this process's view of them there."""
+
+    reference: Any
+    array: Vectors
+
+
+def share(ray: Any, vectors: Vectors) -> SharedVectors:
+    """Put vectors where all workers read them; the caller's copy is not needed any longer."""
+    reference = ray.put(vectors)
+    return SharedVectors(reference, ray.get(reference))
+
+
+class Tiles:
+    """Runs plans over two sides of items. With `folder`, what a task found is kept there until all is done."""
+
+    def __init__(
+        self, ray: Any, rows: Side, columns: Side, vectors: SharedVectors, bar: Any, folder: Path | None = None
+    ) -> None:
+        self._ray, self._bar, self._folder = ray, bar, folder
+        self._rows, self._columns, self._vectors = rows, columns, vectors
+        self._sides = ray.put((rows, columns))
+        self._runs = 0
+
+    def run(self, plan: Plan, search: Search, parts: Ints | None = None) -> Candidates:
+        """The candidates of all the plan's rows, by row; with `parts` (of every node) only those of different parts."""
+        self._runs += 1
+        # Not for blocks of all sizes: for every shape the quicker product compiles a kernel of its own.
+        many = isinstance(plan, Exact) and len(plan.rows) * len(self._columns) >= QUICK_PAIRS
+        search = replace(search, quick=many and STRATEGIES[search.strategy].priority is None)
+        sides = self._sides
+        if parts is not None:
+            rows = replace(self._rows, parts=parts[: len(self._rows)])
+            columns = replace(self._columns, parts=parts[-len(self._columns) :])
+            sides = self._ray.put((rows, columns))
+        prefix = f"{self._runs}-{plan.tasks}-{search.keep}"
+        done = self._kept(prefix)
+        self._bar.begin(plan.tasks)
+        self._bar.advance(len(done))
+        left = [task for task in range(plan.tasks) if task not in done]
+        for task, found in _tasks_on_ray(self._ray, sides, self._vectors, plan, left, search):
+            done[task] = found
+            if self._folder is not None:
+                staged = self._folder / f".{prefix}-{task}"
+                with staged.open("wb") as file:
+                    file.write(found)
+                    file.flush()
+                    os.fsync(file.fileno())
+                staged.rename(self._folder / f"{prefix}-{task}.npz")
+            self._bar.advance(1)
+        return by_row(joined([_decoded(done.pop(task)) for task in sorted(done)], search.bins))
+
+    def _kept(self, prefix: str) -> dict[int, bytes]:
+        if self._folder is None:
+            return {}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        paths = self._folder.glob(f"{prefix}-*.npz")
+        return {int(path.stem.rsplit("-", 1)[1]): path.read_bytes() for path in paths}
+
+
+def _tasks_on_ray(
+    ray: Any, sides: Any, vectors: SharedVectors, plan: Plan, tasks: list[int], search: Search
+) -> Iterator[tuple[int, bytes]]:
+    """Each task's candidates, encoded, as they are done."""
+    if not tasks:
+        return
+    shared = ray.put(plan), sides, vectors.reference
+
+    def tile(batch: dict[str, Any]) -> dict[str, Any]:
+        task = int(batch["task"][0])
+        its_plan, (rows, columns), array = ray.get(list(shared))
+        return {"task": [task], "found": [encoded(run_task(its_plan, task, rows, columns, array, search))]}
+
+    class Tile:
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return tile(batch)
+
+    numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
+    if len(tasks) < POOL_TASKS:
+        mapped = numbers.map_batches(tile, batch_size=1, num_cpus=1)
+    else:
+        # Actors hold the next task when one is done; plain tasks leave a core idle for a tenth of a second between two.
+        size = max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(tasks)))
+        pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=size, max_size=size, max_tasks_in_flight_per_actor=2)
+        mapped = numbers.map_batches(Tile, batch_size=1, num_cpus=1, compute=pool)
+    for row in mapped.iter_rows():
+        yield row["task"], row["found"]
+
+
+def encoded(found: Candidates) -> bytes:
+    buffer = BytesIO()
+    np.savez(buffer, **found.__dict__)
+    return buffer.getvalue()
+
+
+def _decoded(stored: bytes) -> Candidates:
+    with np.load(BytesIO(stored), allow_pickle=False) as arrays:
+        return Candidates(**arrays)
+
+
+def by_row(found: Candidates) -> Candidates:
+    """By row and bin, best first: the choice must not depend on how rows were spread over tasks."""
+    lists = found.row.astype(np.int64) * len(found.in_band) + found.bin
+    if (np.diff(lists) >= 0).all():
+        return found
+    return numbered(found, np.lexsort((found.order, lists)))
+
+
+def numbered(found: Candidates, numbers: Ints) -> Candidates:
+    columns = {name: values[numbers] for name, values in found.__dict__.items() if name != "in_band"}
+    return replace(found, **columns)
