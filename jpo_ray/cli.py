@@ -35,7 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="the whole pipeline; finished stages are skipped"))
     for stage, text in STAGE_HELP.items():
-        _add_run(commands.add_parser(stage, help=text))
+        command = commands.add_parser(stage, help=text)
+        _add_run(command, required=stage != "judge")
+        if stage == "judge":
+            _add_judge_files(command)
     demo = commands.add_parser("demo", help="the whole pipeline on the embedded sandbox, a few minutes on two cores")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -54,9 +57,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
-    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run's artifacts")
+def _add_judge_files(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("without a run directory, by default with judge.annotator=openai")
+    files.add_argument("--pairs", type=Path, metavar="FILE", help="comparisons: DOVE's raw formats, or preferences")
+    files.add_argument("--out", type=Path, metavar="DIR", help="folder for the judgments")
+    files.add_argument("--dry-run", action="store_true", help="only say how many requests, tokens and dollars it takes")
+
+
+def _add_run(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--config", type=Path, required=required, help="YAML file; see configs/")
+    parser.add_argument("--run-dir", type=Path, required=required, help="folder of the run's artifacts")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the config")
 
 
@@ -66,6 +76,8 @@ def run_command(arguments: argparse.Namespace) -> None:
         _sandbox(arguments)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if arguments.command == "judge" and _judges_files(arguments):
+        return
     from jpo_ray.config_file import load_config
 
     path = _demo_config() if arguments.command == "demo" else arguments.config
@@ -80,6 +92,24 @@ def run_command(arguments: argparse.Namespace) -> None:
     run_stages(config, arguments.run_dir, stages)
     if arguments.command in ("run", "demo"):
         (arguments.run_dir / ERROR_LOG).unlink(missing_ok=True)  # of an attempt that this one made good
+
+
+def _judges_files(arguments: argparse.Namespace) -> bool:
+    """Judge a file where one is given. Raises `InputError` for flags that do not go together."""
+    given = {name: getattr(arguments, name) for name in ("pairs", "out", "config", "run_dir")}
+    files, run = ([name for name in names if given[name]] for names in (("pairs", "out"), ("config", "run_dir")))
+    if files and not run and arguments.pairs and (arguments.out or arguments.dry_run):
+        from rich.console import Console
+
+        from jpo_ray.config_file import load_section
+        from jpo_ray.pipeline.judge_files import judge_file
+
+        config = load_section("judge", {"annotator": "openai"}, arguments.overrides)
+        judge_file(arguments.pairs, arguments.out, config, Console(), dry_run=arguments.dry_run)
+        return True
+    if files or len(run) < 2 or arguments.dry_run:
+        raise InputError("judge: takes --config and --run-dir, or --pairs and --out (with --dry-run, --pairs alone)")
+    return False
 
 
 def _demo_config() -> Path:

@@ -119,9 +119,47 @@ class PairsConfig(Section):
 
 
 class AnnotatorConfig(Section):
-    annotator: Literal["sandbox", "labels"] = "labels"
+    # The sandbox's oracle; labels that came with the data; any OpenAI-compatible endpoint (OPENAI_API_KEY)
+    annotator: Literal["sandbox", "labels", "openai"] = "labels"
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = (
+        None  # in the judgments; default: the model's, or as above
+    )
     noise: NonNegative = 0.0  # sandbox: standard deviation of the error on a quality difference, per order
     tie_band: NonNegative = 0.05  # sandbox: quality differences up to this are ties
+
+    # Language models.
+    model: str = "gpt-3.5-turbo-0125"
+    base_url: str | None = None  # default: OPENAI_BASE_URL, else OpenAI's
+    prompts: str = "paper"  # or hardened (judged texts between marks), or a YAML file
+    temperature: NonNegative | None = None  # default: the provider's
+    max_answer_tokens: Count = 16
+    soft: bool = False  # labels with probabilities, from log-probs, where the endpoint gives them
+    concurrency: Count = 64  # requests in flight
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    timeout_s: Positive = 60.0  # of one request
+    max_attempts: Count = 6  # at one request, with growing pauses
+    prompt_price: NonNegative = 0.0  # US dollars for a million tokens
+    completion_price: NonNegative = 0.0
+    max_cost: Positive | None = None  # US dollars: judging stops before it would spend more
+    max_tokens: Count | None = None  # the same in tokens
+
+    @model_validator(mode="after")
+    def _a_cap_has_prices(self) -> "AnnotatorConfig":
+        if self.max_cost is not None and not (self.prompt_price or self.completion_price):
+            raise ValueError("max_cost needs prompt_price and completion_price (US dollars for a million tokens)")
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        """The keys that verdicts depend on: the others may change without judging again."""
+        return self.model_dump(exclude=_HOW_TO_ASK)
+
+
+# Of an annotator: how requests are sent, and what they may cost.
+_HOW_TO_ASK = {
+    "concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s", "max_attempts", "prompt_price",
+    "completion_price", "max_cost", "max_tokens",
+}  # fmt: skip
 
 
 class ClosureConfig(Section):

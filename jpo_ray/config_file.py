@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jpo_ray.config import RunConfig, Section
+from jpo_ray.config import AnnotatorConfig, RunConfig, Section
 from jpo_ray.errors import InputError
 
 # Besides its own errors, PyYAML lets through those of impossible dates and of very deep nesting.
@@ -34,6 +34,19 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     for override in overrides or []:
         _apply_override(values, override)
     return parse_config(values, str(path))
+
+
+def load_section(name: str, values: dict[str, Any], overrides: list[str]) -> AnnotatorConfig:
+    """An annotator's settings from `name.key=value` alone; `values` are the defaults."""
+    sections: dict[str, Any] = {name: values}
+    for override in overrides:
+        if not override.startswith(f"{name}."):
+            raise InputError(f"`{override}`: without a config only {name}.key=value can be set")
+        _apply_override(sections, override)
+    try:
+        return AnnotatorConfig.model_validate(sections[name])
+    except ValidationError as error:
+        raise InputError(f"{name}: {_explain(error)}") from error
 
 
 def parse_config(values: dict[str, Any], origin: str) -> RunConfig:

@@ -61,6 +61,7 @@ JUDGMENTS = pa.schema(
         ("verdict", pa.string()),
         ("verdict_ab", pa.string()),
         ("verdict_ba", pa.string()),  # null where only one order was shown (ready-made labels)
+        ("probability", pa.float64()),  # that a is better; null where the annotator does not say how sure it is
         ("text_ab", pa.string()),
         ("text_ba", pa.string()),
         ("tokens", pa.int64()),

@@ -15,6 +15,7 @@ from typing import Literal
 import pyarrow as pa
 
 Verdict = Literal["a", "b", "tie", "invalid"]
+Progress = Callable[[float, str], None]  # the share that is done, and what to tell about it
 
 _NORMAL = NormalDist()
 _ROUNDING = 1e-9  # 0.90 - 0.85 must be within a tie band of 0.05, though not in binary
@@ -32,6 +33,10 @@ class Comparison:
     instruction_b: str
     response_b: str
 
+    @property
+    def protocol(self) -> Literal["conditional", "joint"]:
+        return "conditional" if self.instruction_a == self.instruction_b else "joint"
+
     def flipped(self) -> "Comparison":
         return Comparison(
             self.key, self.item_b, self.item_a, self.instruction_b, self.response_b, self.instruction_a, self.response_a
@@ -45,12 +50,17 @@ class Answer:
     tokens: int = 0
     cost: float = 0.0  # US dollars
     reason: str = ""  # why the verdict is invalid
+    share_a: float | None = None  # probability that a is better, from an annotator that says how sure it is
+
+
+def silent(share: float, note: str) -> None:
+    """No progress."""
 
 
 @dataclass(frozen=True)
 class Annotator:
     name: str
-    answer: Callable[[Sequence[Comparison]], list[Answer]]  # one answer per comparison, in order
+    answer: Callable[[Sequence[Comparison], Progress], list[Answer]]  # one answer per comparison, in order
     both_orders: bool = True  # False for ready-made labels, which have no order
 
 
@@ -65,7 +75,7 @@ def score_annotator(
     ties. Each item is scored once per call; where `score` raises ValueError, the answer is invalid and says why.
     """
 
-    def answer(comparisons: Sequence[Comparison]) -> list[Answer]:
+    def answer(comparisons: Sequence[Comparison], _: Progress = silent) -> list[Answer]:
         scores: dict[str, float | str] = {}  # item id -> its score, or why it has none
         for comparison in comparisons:
             for shown in (comparison, comparison.flipped()):
@@ -117,7 +127,7 @@ def label_annotator(labels: pa.Table, *, proxy: bool = True) -> Annotator:
                 return "b"
         return "invalid"
 
-    def answer(comparisons: Sequence[Comparison]) -> list[Answer]:
+    def answer(comparisons: Sequence[Comparison], _: Progress = silent) -> list[Answer]:
         verdicts = map(verdict_on, comparisons)
         return [Answer(verdict, reason="no label" if verdict == "invalid" else "") for verdict in verdicts]
 

@@ -10,7 +10,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from jpo_ray.feedback.annotators import Annotator, Answer, Comparison, Verdict, flipped_verdict
+from jpo_ray.feedback.annotators import (
+    Annotator,
+    Answer,
+    Comparison,
+    Progress,
+    Verdict,
+    flipped_verdict,
+    silent,
+)
 
 
 def comparisons_of(pairs: pa.Table, items: pa.Table) -> list[Comparison]:
@@ -41,14 +49,14 @@ def combine_orders(ab: Verdict, ba: Verdict | None) -> Verdict:
     return ab if ab == other else "tie"
 
 
-def judge(comparisons: Sequence[Comparison], annotator: Annotator) -> list[dict[str, Any]]:
+def judge(comparisons: Sequence[Comparison], annotator: Annotator, progress: Progress = silent) -> list[dict[str, Any]]:
     """Ask the annotator, in both orders where it takes them; returns rows of `records.JUDGMENTS`, in order.
 
     `verdict_ab` and `verdict_ba` are both in terms of the original a and b: without position bias they are equal.
     """
     flipped = [comparison.flipped() for comparison in comparisons] if annotator.both_orders else []
     questions = [*comparisons, *flipped]
-    answers = annotator.answer(questions)
+    answers = annotator.answer(questions, progress)
     if len(answers) != len(questions):
         raise RuntimeError(f"annotator {annotator.name} gave {len(answers)} answers to {len(questions)} questions")
     forward = answers[: len(comparisons)]
@@ -67,6 +75,7 @@ def _judgment(comparison: Comparison, annotator: str, ab: Answer, ba: Answer | N
         "verdict": combine_orders(ab.verdict, ba.verdict if ba else None),
         "verdict_ab": ab.verdict,
         "verdict_ba": flipped_verdict(ba.verdict) if ba else None,
+        "probability": _probability(ab, ba),
         "text_ab": ab.text,
         "text_ba": ba.text if ba else None,
         "tokens": sum(answer.tokens for answer in given),
@@ -75,8 +84,17 @@ def _judgment(comparison: Comparison, annotator: str, ab: Answer, ba: Answer | N
     }
 
 
+def _probability(ab: Answer, ba: Answer | None) -> float | None:
+    """That a is better: the mean of both orders, where the annotator says how sure it is in both."""
+    if ab.share_a is None or (ba is not None and ba.share_a is None):
+        return None
+    return ab.share_a if ba is None or ba.share_a is None else (ab.share_a + 1 - ba.share_a) / 2
+
+
 def preferences(pairs: pa.Table, judgments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of `records.PREFERENCES` of the decisive judgments, in their order; ties and invalid ones are dropped.
+
+    The label is soft where the annotator said how sure it is.
 
     KeyError for a judgment of a pair that `pairs` lacks.
     """
@@ -88,13 +106,16 @@ def preferences(pairs: pa.Table, judgments: Sequence[dict[str, Any]]) -> list[di
         pair = by_id[judgment["pair_id"]]
         if judgment["verdict"] in ("a", "b"):
             chosen, rejected = ("item_a", "item_b") if judgment["verdict"] == "a" else ("item_b", "item_a")
+            sure = judgment["probability"]
+            if sure is not None and judgment["verdict"] == "b":
+                sure = 1 - sure
             rows.append(
                 {
                     "chosen": pair[chosen],
                     "rejected": pair[rejected],
                     "protocol": pair["protocol"],
                     "weight": 1.0,
-                    "probability": 1.0,
+                    "probability": 1.0 if sure is None else sure,
                     "split": pair["split"],
                 }
             )
@@ -104,20 +125,25 @@ def preferences(pairs: pa.Table, judgments: Sequence[dict[str, Any]]) -> list[di
 def judgment_counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What a set of judgments (`records.JUDGMENTS`) looks like.
 
-    `flip_rate` is the share of judgments with a valid answer in both orders whose answers disagree, ties included;
-    `first_shown_share` the share of their decisive answers that prefer the item shown first, 0.5 without position bias.
-    Both are None where there is nothing to count.
+    `flip_rate` is the share of judgments with a valid answer in both orders whose answers disagree, ties included, and
+    `flip_rate_ci95` its Wilson interval; `first_shown_share` the share of their decisive answers that prefer the item
+    shown first, 0.5 without position bias. None where there is nothing to count.
     """
+    from scipy.stats import binomtest
+
     verdicts = Counter(row["verdict"] for row in rows)
     both = [(row["verdict_ab"], row["verdict_ba"]) for row in rows if row["verdict_ba"] is not None]
     both = [pair for pair in both if "invalid" not in pair]
     first_shown = sum((ab == "a") + (ba == "b") for ab, ba in both)
     second_shown = sum((ab == "b") + (ba == "a") for ab, ba in both)
+    flips = sum(ab != ba for ab, ba in both)
+    interval = binomtest(flips, len(both)).proportion_ci(method="wilson") if both else None
     return {
         "judgments": len(rows),
         **{verdict: verdicts[verdict] for verdict in ("a", "b", "tie", "invalid")},
         "decisive": verdicts["a"] + verdicts["b"],
-        "flip_rate": _share(sum(ab != ba for ab, ba in both), len(both)),
+        "flip_rate": _share(flips, len(both)),
+        "flip_rate_ci95": None if interval is None else [float(interval.low), float(interval.high)],
         "first_shown_share": _share(first_shown, first_shown + second_shown),
         "tokens": sum(row["tokens"] for row in rows),
         "cost": sum(row["cost"] for row in rows),

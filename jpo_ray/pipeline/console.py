@@ -26,6 +26,10 @@ class Bar:
         self._task: TaskID | None = shown.add_task(name, total=None, note="") if shown else None
         self._done, self._total, self._printed = 0, 0, time.monotonic()
 
+    @property
+    def done(self) -> int:
+        return self._done
+
     def begin(self, total: int) -> None:
         self._done, self._total = 0, total
         self._update("")

@@ -11,20 +11,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jpo_ray import records
+from jpo_ray.cache import cache_folder
 from jpo_ray.config import AnnotatorConfig, ClosureConfig, SelectionConfig
 from jpo_ray.errors import InputError
-from jpo_ray.feedback.annotators import Annotator, label_annotator, score_annotator
-from jpo_ray.feedback.judge import comparisons_of, judge, judgment_counts, preferences
+from jpo_ray.feedback.annotators import Annotator
+from jpo_ray.feedback.judge import comparisons_of, judgment_counts, preferences
 from jpo_ray.pairs.choosing import Known, choose_next
 from jpo_ray.pairs.sides import item_keys
+from jpo_ray.pipeline.annotating import Rows, judge_with_bar, make_annotator
 from jpo_ray.pipeline.console import Bar, progress_bar
 from jpo_ray.pipeline.context import Context, Spec
-from jpo_ray.pipeline.item_stage import SANDBOX
-
-JUDGE_CHUNK = 2000  # comparisons between two updates of the progress bar
 
 Floats = npt.NDArray[np.float64]
-Rows = list[dict[str, Any]]
 
 
 def judge_specs(context: Context) -> list[Spec]:
@@ -50,7 +48,7 @@ def judge_specs(context: Context) -> list[Spec]:
             )
         return counts
 
-    slice_ = {"judge": context.config.judge.model_dump(), "seed": context.config.seed}  # the strategy is in the pairs
+    slice_ = {"judge": context.config.judge.decisive(), "seed": context.config.seed}  # the strategy is in the pairs
     selection = context.config.judge.selection
     if selection and selection.policy:
         inputs["policy"] = _policy_hash(Path(selection.policy).expanduser())
@@ -58,7 +56,7 @@ def judge_specs(context: Context) -> list[Spec]:
 
 
 def _judgments(context: Context, pairs: pa.Table, items: pa.Table) -> Rows:
-    annotator = make_annotator(context, context.config.judge)
+    annotator = run_annotator(context, context.config.judge)
     selection = context.config.judge.selection
     with progress_bar(context.console, "judging comparisons") as bar:
         if selection is None:
@@ -77,13 +75,7 @@ def _judgments(context: Context, pairs: pa.Table, items: pa.Table) -> Rows:
 
 
 def _judge(pairs: pa.Table, items: pa.Table, annotator: Annotator, bar: Bar) -> Rows:
-    rows: Rows = []
-    comparisons = comparisons_of(pairs, items)
-    for start in range(0, len(comparisons), JUDGE_CHUNK):
-        chunk = comparisons[start : start + JUDGE_CHUNK]
-        rows += judge(chunk, annotator)
-        bar.advance(len(chunk))
-    return rows
+    return judge_with_bar(comparisons_of(pairs, items), annotator, bar)
 
 
 def _judge_in_rounds(
@@ -118,7 +110,6 @@ def _judge_in_rounds(
 def _policy_hash(folder: Path) -> str:
     if not (folder / "adapter_config.json").exists():
         raise InputError(f"judge.selection.policy: {folder}: is no adapter's folder")
-    from jpo_ray.cache import cache_folder
     from jpo_ray.engine.model import weights_hash
 
     return weights_hash(folder, cache_folder())
@@ -193,12 +184,10 @@ def _closure(
     return rows, {name: value for name, value in shown.items() if value is not None}
 
 
-def make_annotator(context: Context, config: AnnotatorConfig) -> Annotator:
-    """The configured annotator."""
+def run_annotator(context: Context, config: AnnotatorConfig) -> Annotator:
+    """The configured annotator of a run."""
+    labels = None
     if config.annotator == "labels":
         labels = records.read_table(context.path("items") / "labels.parquet", records.LABELS)
-        joint = context.config.pairs.joint
-        return label_annotator(labels, proxy=joint is not None and joint.strategy == "proxy")
-    from jpo_ray.sandbox import quality
-
-    return score_annotator(SANDBOX, quality, noise=config.noise, tie_band=config.tie_band, seed=context.config.seed)
+    joint = context.config.pairs.joint
+    return make_annotator(config, context.config.seed, labels, proxy=joint is not None and joint.strategy == "proxy")

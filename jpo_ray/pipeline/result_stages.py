@@ -12,7 +12,7 @@ from jpo_ray.config import AnnotatorConfig, EvaluateConfig, RunConfig, SampleCon
 from jpo_ray.errors import InputError
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec, StaleArtifact
-from jpo_ray.pipeline.judge_stage import make_annotator
+from jpo_ray.pipeline.judge_stage import run_annotator
 from jpo_ray.pipeline.model_stages import sft_model
 from jpo_ray.runs import write_json
 
@@ -135,7 +135,7 @@ def evaluate_specs(context: Context) -> list[Spec]:
         return []
     inputs = {name: context.standing(name, name).fingerprint for name in ("items", "sample")}
     judge = evaluation_judge(context.config, config)
-    slice_ = {"evaluate": config.model_dump(), "judge": judge.model_dump(), "seed": context.config.seed}
+    slice_ = {"evaluate": config.model_dump(exclude={"judge"}), "judge": judge.decisive(), "seed": context.config.seed}
 
     def make(out: Path) -> dict[str, Any]:
         from jpo_ray.evaluation.win_rates import judge_samples, win_rates
@@ -143,7 +143,7 @@ def evaluate_specs(context: Context) -> list[Spec]:
         samples = records.read_table(context.path("sample") / "samples.parquet", records.SAMPLES)
         with progress_bar(context.console, "judging samples against gold") as bar:
             bar.begin(samples.num_rows)
-            rows = judge_samples(samples, _golds(context), make_annotator(context, judge))
+            rows = judge_samples(samples, _golds(context), run_annotator(context, judge))
             bar.advance(samples.num_rows)
         table = records.write_table(out / "judgments.parquet", rows, records.SAMPLE_JUDGMENTS)
         result = win_rates(table, config.bootstrap_samples, context.config.seed)

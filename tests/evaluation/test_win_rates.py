@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -142,7 +143,7 @@ def test_table_shows_every_model_in_80_columns() -> None:
 
 
 def longer_is_better(asked: list[Comparison]) -> Annotator:
-    def answer(comparisons: Sequence[Comparison]) -> list[Answer]:
+    def answer(comparisons: Sequence[Comparison], *_: Any) -> list[Answer]:
         asked.extend(comparisons)
         return [Answer("a" if len(c.response_a) > len(c.response_b) else "b", tokens=10, cost=0.5) for c in comparisons]
 

@@ -19,7 +19,7 @@ def comparison(key: str = "k") -> Comparison:
 def constant(*verdicts: Verdict, both_orders: bool = True) -> Annotator:
     """Answers with the given verdicts in turn, whatever is asked."""
 
-    def answer(asked: Sequence[Comparison]) -> list[Answer]:
+    def answer(asked: Sequence[Comparison], *_: Any) -> list[Answer]:
         assert len(asked) == len(verdicts)
         return [Answer(verdict, f"says {verdict}", 10, 0.25) for verdict in verdicts]
 
@@ -58,7 +58,7 @@ def test_combine_orders(ab: Verdict, ba: Verdict | None, combined: Verdict) -> N
 def test_a_judgment_of_both_orders_is_told_in_terms_of_the_original_a_and_b() -> None:
     shown: list[tuple[str, str]] = []
 
-    def answer(asked: Sequence[Comparison]) -> list[Answer]:
+    def answer(asked: Sequence[Comparison], *_: Any) -> list[Answer]:
         shown.extend((each.response_a, each.response_b) for each in asked)
         return [Answer("a", "first", 3, 0.5), Answer("invalid", "eh", 4, 0.25, "no verdict in the reply")]
 
@@ -69,6 +69,7 @@ def test_a_judgment_of_both_orders_is_told_in_terms_of_the_original_a_and_b() ->
             "verdict": "invalid",
             "verdict_ab": "a",
             "verdict_ba": "invalid",
+            "probability": None,
             "text_ab": "first",
             "text_ba": "eh",
             "tokens": 7,
@@ -99,7 +100,7 @@ def test_one_order_leaves_the_other_null_and_the_rows_fit_their_table(tmp_path: 
 
 
 def test_reasons_of_both_orders_are_joined_once() -> None:
-    def answer(asked: Sequence[Comparison]) -> list[Answer]:
+    def answer(asked: Sequence[Comparison], *_: Any) -> list[Answer]:
         return [Answer("invalid", reason=reason) for reason in ("empty", "refused", "empty", "empty")][: len(asked)]
 
     assert [row["reason"] for row in judge([comparison("1"), comparison("2")], Annotator("m", answer))] == [
@@ -109,10 +110,10 @@ def test_reasons_of_both_orders_are_joined_once() -> None:
 
 
 def test_an_annotator_that_loses_answers_is_an_error() -> None:
-    silent = Annotator("silent", lambda _: [Answer("a")])
+    silent = Annotator("silent", lambda *_: [Answer("a")])
     with pytest.raises(RuntimeError, match="silent gave 1 answers to 2 questions"):
         judge([comparison()], silent)
-    assert judge([], Annotator("silent", lambda _: [])) == []
+    assert judge([], Annotator("silent", lambda *_: [])) == []
 
 
 def test_a_judge_without_noise_never_flips() -> None:
@@ -160,7 +161,7 @@ def test_comparisons_carry_the_texts_of_their_items_in_the_order_of_the_pairs() 
 
 
 def judgment(number: int, verdict: str, ab: str = "a", ba: str | None = "a", cost: float = 0.0) -> dict[str, Any]:
-    fields = {"verdict": verdict, "verdict_ab": ab, "verdict_ba": ba, "tokens": 2, "cost": cost}
+    fields = {"verdict": verdict, "verdict_ab": ab, "verdict_ba": ba, "tokens": 2, "cost": cost, "probability": None}
     return dict.fromkeys(records.JUDGMENTS.names, "") | fields | {"pair_id": f"p{number}", "annotator": "m"}
 
 
@@ -177,6 +178,18 @@ def test_preferences_are_the_decisive_verdicts(tmp_path: Path) -> None:
         preferences(PAIRS, [judgment(9, "a")])
 
 
+def test_an_annotator_that_says_how_sure_it_is_gives_soft_labels() -> None:
+    def answer(*_: Any) -> list[Answer]:
+        return [Answer("b", share_a=0.3), Answer("a", share_a=0.9)]  # b wins: by 0.7 as second, by 0.9 as first
+
+    (row,) = judge([comparison("p1")], Annotator("m", answer))
+    assert row["probability"] == pytest.approx(0.2)
+    assert preferences(PAIRS, [row])[0] | {"probability": 0} == {
+        "chosen": "y1", "rejected": "x1", "protocol": "joint", "weight": 1.0, "probability": 0, "split": "train",
+    }  # fmt: skip
+    assert preferences(PAIRS, [row])[0]["probability"] == pytest.approx(0.8)
+
+
 def test_counts_of_judgments() -> None:
     rows = [
         judgment(1, "a", "a", "a", cost=0.5),  # first shown once, second shown once
@@ -186,7 +199,9 @@ def test_counts_of_judgments() -> None:
         judgment(5, "invalid", "a", "invalid"),  # says nothing about position
         judgment(6, "b", "b", None),  # one order only: nothing about position either
     ]
-    assert judgment_counts(rows) == {
+    counts = judgment_counts(rows)
+    assert counts.pop("flip_rate_ci95") == pytest.approx([0.1500, 0.8500], abs=1e-4)  # Wilson's, of 2 in 4
+    assert counts == {
         "judgments": 6,
         "a": 1,
         "b": 1,

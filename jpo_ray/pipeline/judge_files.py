@@ -1,0 +1,150 @@
+"""`jpo judge --pairs FILE --out DIR`: judging a file of comparisons, without a run directory."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jpo_ray import records
+from jpo_ray.cache import cache_folder
+from jpo_ray.config import AnnotatorConfig, Source
+from jpo_ray.data.formats import Item, Row
+from jpo_ray.data.sources import read_source
+from jpo_ray.errors import InputError
+from jpo_ray.feedback.annotators import Comparison, Verdict, flipped_verdict
+from jpo_ray.feedback.judge import judgment_counts
+from jpo_ray.pipeline.annotating import judge_with_bar, make_annotator
+from jpo_ray.pipeline.console import progress_bar
+from jpo_ray.runs import write_json
+
+FEEDBACK = {"a": 0, "b": 1, "tie": 2}  # DOVE's
+WRITTEN = ("judgments.parquet", "feedback.jsonl", "preferences.jsonl", "trl_preferences.jsonl", "report.json")
+
+
+def judge_file(pairs: Path, out: Path, config: AnnotatorConfig, console: Console, *, dry_run: bool = False) -> None:
+    """Judge each row's two items; `out` gets judgments, a report, and the verdicts in DOVE's and TRL's formats.
+
+    Raises `InputError` for a row that holds fewer than two items, and as annotators do. What an endpoint answered is
+    kept, so that the same command goes on where it was stopped.
+    """
+    rows = read_source(Source(path=str(pairs)), "fail").rows
+    comparisons = [_comparison(row) for row in rows]
+    first: dict[str, Comparison] = {}
+    for each in comparisons:
+        first.setdefault(each.key, each)  # a comparison that stands there twice is judged once
+    distinct = list(first.values())
+    if dry_run:
+        console.print(_estimate(config, distinct), highlight=False)
+        return
+    annotator = make_annotator(config, seed=0)
+    with progress_bar(console, f"judging {pairs.name}") as bar:
+        bar.begin(len(distinct))
+        judgments = {row["pair_id"]: row for row in judge_with_bar(distinct, annotator, bar)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        verdicts: list[Verdict] = [judgments[each.key]["verdict"] for each in comparisons]
+        turned = [each.item_a != first[each.key].item_a for each in comparisons]
+        shown = [
+            flipped_verdict(verdict) if other else verdict for verdict, other in zip(verdicts, turned, strict=True)
+        ]
+        records.write_table(out / "judgments.parquet", list(judgments.values()), records.JUDGMENTS)
+        _write_verdicts(out, list(zip(comparisons, shown, strict=True)))
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    report = {
+        protocol: judgment_counts([judgments[each.key] for each in distinct if protocol in ("all", each.protocol)])
+        for protocol in ("all", *records.PROTOCOLS)
+    }
+    write_json(out / "report.json", report)
+    console.print(report_table(report))
+    console.print(f"{out}: {', '.join(WRITTEN)}", highlight=False, soft_wrap=True)
+
+
+def _comparison(row: Row) -> Comparison:
+    if len(row.items) < 2:
+        raise InputError(f"{row.where}: holds one item, nothing to compare it with ({row.kind})")
+    a, b = row.items
+    first, second = records.item_id(*a), records.item_id(*b)
+    protocol = "conditional" if a[0] == b[0] else "joint"
+    return Comparison(records.pair_id(first, second, protocol), first, second, *a, *b)
+
+
+def _estimate(config: AnnotatorConfig, comparisons: list[Comparison]) -> str:
+    if config.annotator != "openai":
+        return f"{len(comparisons)} comparisons; {config.annotator} costs nothing"
+    from jpo_ray.feedback.answer_log import AnswerLog
+    from jpo_ray.feedback.language_model import estimate, service_of
+    from jpo_ray.feedback.prompts import load_prompts
+
+    service = service_of(config)
+    found = estimate(comparisons, load_prompts(config.prompts), AnswerLog(cache_folder(), service.key()), service)
+    priced = config.prompt_price or config.completion_price
+    cost = f"${found.cost:.4f}" if priced else "unknown: set judge.prompt_price and judge.completion_price"
+    return (
+        f"{len(comparisons)} comparisons in both orders: {found.requests} requests to {config.model} at "
+        f"{service.base_url}, {found.answered} answered already; about {found.tokens:,} tokens; cost {cost}"
+    )
+
+
+def _write_verdicts(out: Path, verdicts: list[tuple[Comparison, Verdict]]) -> None:
+    """All rows in the order of the file; the decisive ones as preferences."""
+    _write_jsonl(out / "feedback.jsonl", (_raw(each, verdict) for each, verdict in verdicts))
+    decisive = []
+    for each, verdict in verdicts:
+        a, b = (each.instruction_a, each.response_a), (each.instruction_b, each.response_b)
+        if verdict in ("a", "b"):
+            decisive.append((a, b) if verdict == "a" else (b, a))
+    _write_jsonl(out / "preferences.jsonl", (_dove(chosen, rejected) for chosen, rejected in decisive))
+    _write_jsonl(out / "trl_preferences.jsonl", (_trl(chosen, rejected) for chosen, rejected in decisive))
+
+
+def _raw(comparison: Comparison, verdict: str) -> dict[str, Any]:
+    """DOVE's raw format; `feedback` is null where the answer was invalid."""
+    feedback = {"feedback": FEEDBACK.get(verdict)}
+    responses = {"response_0": comparison.response_a, "response_1": comparison.response_b}
+    if comparison.protocol == "conditional":
+        return {"instruction": comparison.instruction_a} | responses | feedback
+    return {"instruction_0": comparison.instruction_a, "instruction_1": comparison.instruction_b} | responses | feedback
+
+
+def _dove(chosen: Item, rejected: Item) -> dict[str, str]:
+    return {"i_chosen": chosen[0], "r_chosen": chosen[1], "i_reject": rejected[0], "r_reject": rejected[1]}
+
+
+def _trl(chosen: Item, rejected: Item) -> dict[str, Any]:
+    """TRL's conversational preference format: one prompt stands apart, two stand in the conversations."""
+    sides = {
+        name: [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
+        for name, (instruction, response) in (("chosen", chosen), ("rejected", rejected))
+    }
+    if chosen[0] != rejected[0]:
+        return dict(sides)
+    return {"prompt": sides["chosen"][:1], "chosen": sides["chosen"][1:], "rejected": sides["rejected"][1:]}
+
+
+def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    staged = path.with_name(f".{path.name}.part")
+    staged.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    staged.replace(path)
+
+
+def report_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Verdicts by protocol, for the terminal."""
+    table = Table(title="Judgments")
+    table.add_column("")
+    for name in ("judged", "a", "b", "tie", "invalid", "flips", "95 %", "tokens", "cost"):
+        table.add_column(name, justify="right")
+    for protocol, counts in report.items():
+        flips, interval = counts["flip_rate"], counts["flip_rate_ci95"]
+        table.add_row(
+            protocol,
+            *(f"{counts[name]:,}" for name in ("judgments", "a", "b", "tie", "invalid")),
+            "-" if flips is None else f"{flips:.1%}",
+            "-" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}",
+            f"{counts['tokens']:,}",
+            f"${counts['cost']:.4f}",
+        )
+    return table

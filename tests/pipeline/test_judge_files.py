@@ -1,0 +1,119 @@
+"""`jpo judge --pairs FILE --out DIR`, from the command line to the files it writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from feedback.serving import endpoint
+
+from jpo_ray import records
+from jpo_ray.cli import main
+from jpo_ray.config import Source
+from jpo_ray.data.sources import read_source
+
+
+def joint(*texts: str) -> dict[str, Any]:
+    return dict(zip(("instruction_0", "response_0", "instruction_1", "response_1"), texts, strict=True))
+
+
+ROWS = [
+    joint("Name a bird.", "Wren", "Name two fish.", "Carp, pike"),
+    joint("Name a bird.", "Nightingale", "Name a tree.", "Oak"),
+    joint("Name a fish.", "Carp", "Name a bird.", "Wren"),
+    joint("Name two fish.", "Carp, pike", "Name a bird.", "Wren"),  # the first one again, the other way round
+]
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-0123456789")
+    monkeypatch.setenv("JPO_CACHE", str(tmp_path / "cache"))
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_joint_comparisons_are_judged_and_written_in_every_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, out = written(tmp_path / "pairs.jsonl", ROWS), tmp_path / "out"
+    with endpoint() as server:
+        arguments = ["judge", "--pairs", str(pairs), "--out", str(out), f"judge.base_url={server.url}"]
+        assert main([*arguments, "--dry-run"]) == 0
+        assert server.counts() == {}
+        assert "3 comparisons in both orders: 6 requests" in capsys.readouterr().out
+        assert not out.exists()
+        assert main(arguments) == 0
+        assert main(arguments) == 0
+        assert server.counts()["requests"] == 6  # three distinct comparisons in both orders, once
+        assert main([*arguments, "--dry-run"]) == 0
+    assert "0 requests" in capsys.readouterr().out.replace("\n", " ")
+    assert [row["feedback"] for row in read(out / "feedback.jsonl")] == [1, 0, 2, 0]
+    assert [{k: v for k, v in row.items() if k != "feedback"} for row in read(out / "feedback.jsonl")] == ROWS
+    assert read(out / "preferences.jsonl")[0] == {
+        "i_chosen": "Name two fish.", "r_chosen": "Carp, pike", "i_reject": "Name a bird.", "r_reject": "Wren"
+    }  # fmt: skip
+    assert read(out / "preferences.jsonl")[2] == read(out / "preferences.jsonl")[0]
+    report = json.loads((out / "report.json").read_text())
+    assert (report["joint"]["judgments"], report["joint"]["tie"], report["conditional"]["judgments"]) == (3, 1, 0)
+    assert report["all"]["flip_rate"] == pytest.approx(1 / 3)
+    table = records.read_table(out / "judgments.parquet", records.JUDGMENTS)
+    assert set(table["annotator"].to_pylist()) == {"gpt-3.5-turbo-0125"}
+    # What is written can be read again, with the verdicts as labels.
+    again = read_source(Source(path=str(out / "feedback.jsonl")), "fail").rows
+    assert [row.verdict for row in again] == ["b", "a", "tie", "a"]
+    trl = read_source(Source(path=str(out / "trl_preferences.jsonl")), "fail").rows
+    assert trl[0].items == (("Name two fish.", "Carp, pike"), ("Name a bird.", "Wren"))
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"canary" not in path.read_bytes()
+
+
+def test_conditional_comparisons_have_one_prompt(tmp_path: Path) -> None:
+    rows = [{"instruction": "Name a bird.", "response_0": "Wren", "response_1": "Nightingale"}]
+    out = tmp_path / "out"
+    with endpoint() as server:
+        pairs = written(tmp_path / "pairs.jsonl", rows)
+        assert main(["judge", "--pairs", str(pairs), "--out", str(out), f"judge.base_url={server.url}"]) == 0
+    assert read(out / "feedback.jsonl") == [rows[0] | {"feedback": 1}]
+    (row,) = read(out / "trl_preferences.jsonl")
+    assert row["prompt"] == [{"role": "user", "content": "Name a bird."}]
+    assert row["chosen"] == [{"role": "assistant", "content": "Nightingale"}]
+
+
+def test_the_sandbox_judges_files_too(tmp_path: Path) -> None:
+    pairs = written(tmp_path / "pairs.jsonl", ROWS)
+    assert main(["judge", "--pairs", str(pairs), "--out", str(tmp_path / "out"), "judge.annotator=sandbox"]) == 0
+    assert len(records.read_table(tmp_path / "out" / "judgments.parquet", records.JUDGMENTS)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "{file}"], "takes --config and --run-dir, or --pairs and --out"),
+        (["--out", "x"], "takes --config and --run-dir, or --pairs and --out"),
+        (["--pairs", "{file}", "--out", "x", "--run-dir", "y"], "takes --config and --run-dir, or --pairs and --out"),
+        (["--config", "x"], "takes --config and --run-dir, or --pairs and --out"),
+        (["--pairs", "none.jsonl", "--out", "x"], "none.jsonl: no such file"),
+        (["--pairs", "{file}", "--out", "x", "train.jpo.beta=1"], "only judge.key=value can be set"),
+        (["--pairs", "{file}", "--out", "x", "judge.modell=a"], "modell"),
+        (["--pairs", "{file}", "--out", "x", "judge.max_cost=1"], "max_cost needs prompt_price"),
+        (["--pairs", "{file}", "--out", "x", "judge.annotator=labels"], "labels judge only what they came with"),
+        (["--pairs", "{lone}", "--out", "x"], "line 1: holds one item"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path / "pairs.jsonl", ROWS)
+    lone = written(tmp_path / "lone.jsonl", [{"instruction": "Name a bird.", "response": "Wren"}])
+    assert main(["judge", *(text.format(file=file, lone=lone) for text in arguments)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
