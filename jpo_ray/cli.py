@@ -39,6 +39,17 @@ def build_parser() -> argparse.ArgumentParser:
         _add_run(command, required=stage != "judge")
         if stage == "judge":
             _add_judge_files(command)
+    analyze = commands.add_parser(
+        "analyze", help="agreement of annotators, and what conditional and joint verdicts share"
+    )
+    analyze.add_argument("--run-dir", type=Path, required=True, help="folder of a run that is judged")
+    analyze.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/analysis")
+    analyze.add_argument(
+        "--people", nargs="+", default=[], metavar="NAME", help="annotators who are people: two have a gold"
+    )
+    analyze.add_argument(
+        "--list", metavar="CELL", help='comparisons behind a cell of the interplay, for example "C < R"'
+    )
     demo = commands.add_parser("demo", help="the whole pipeline on the embedded sandbox, a few minutes on two cores")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -76,6 +87,14 @@ def run_command(arguments: argparse.Namespace) -> None:
         _sandbox(arguments)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if arguments.command == "analyze":
+        from rich.console import Console
+
+        from jpo_ray.pipeline.analyze import analyze
+
+        out = arguments.out or arguments.run_dir / "analysis"
+        analyze(arguments.run_dir, out, arguments.people, arguments.list, Console())
+        return
     if arguments.command == "judge" and _judges_files(arguments):
         return
     from jpo_ray.config_file import load_config

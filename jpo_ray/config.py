@@ -150,6 +150,11 @@ class AnnotatorConfig(Section):
             raise ValueError("max_cost needs prompt_price and completion_price (US dollars for a million tokens)")
         return self
 
+    @property
+    def called(self) -> str:
+        """The annotator's name in the judgments."""
+        return self.name or (self.model if self.annotator == "openai" else self.annotator)
+
     def decisive(self) -> dict[str, Any]:
         """The keys that verdicts depend on: the others may change without judging again."""
         return self.model_dump(exclude=_HOW_TO_ASK)
@@ -186,8 +191,19 @@ class SelectionConfig(Section):
 
 
 class JudgeConfig(AnnotatorConfig):
+    also: list[AnnotatorConfig] = []  # others who judge the same pairs, to compare them; preferences are the first's
     selection: SelectionConfig | None = None
     closure: ClosureConfig | None = None
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "JudgeConfig":
+        names = [annotator.called for annotator in (self, *self.also)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"also: annotators need distinct names (`name`), got {', '.join(names)}")
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        return super().decisive() | {"also": [annotator.decisive() for annotator in self.also]}
 
 
 class OptimizerConfig(Section):

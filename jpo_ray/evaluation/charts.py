@@ -42,6 +42,7 @@ SETTINGS = {
     "ytick.labelcolor": ROLES["muted"],
     "text.color": ROLES["ink"],
 }
+LEAST_LABELLED = 7.0  # percent of a bar that have room for their number
 MARKERS = ("o", "s", "^", "v", "P", "X")  # of temperatures, in order
 
 
@@ -123,6 +124,31 @@ def win_rate_chart(name: str, label: str, models: Mapping[str, Any], series: Map
         axes.spines["left"].set_visible(False)
 
     return _svg(name, label, draw, height=60 + row_height * len(models))
+
+
+def stacked_bars(name: str, label: str, bars: Mapping[str, Mapping[str, float | None]]) -> str:
+    """A bar for each key, its parts in percent side by side and named in a legend; the last one is grey."""
+    parts = list(dict.fromkeys(part for values in bars.values() for part in values))
+
+    def draw(axes: "Axes") -> None:
+        for row, values in enumerate(bars.values()):
+            left = 0.0
+            for series, part in enumerate(parts):
+                width = values.get(part) or 0.0
+                color = SERIES_HEX.format(0 if part == parts[-1] else series % (COLORS - 1) + 1)
+                axes.barh(row, width, left=left, height=0.55, color=color, label=part if row == 0 else None)
+                if width >= LEAST_LABELLED:
+                    axes.text(left + width / 2, row, f"{width:.0f}", ha="center", va="center", color=ROLES["surface"])
+                left += width
+        axes.set_yticks(range(len(bars)), [_shortened(key, 24) for key in bars], color=ROLES["ink"])
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("percent")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts), frameon=False)
+
+    return _svg(name, label, draw, height=90 + 34 * len(bars))
 
 
 def temperatures_of(models: Mapping[str, Any]) -> list[str]:

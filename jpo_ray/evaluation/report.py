@@ -46,15 +46,21 @@ def make_report(run: RunDir, config: RunConfig, out: Path) -> dict[str, Any]:
         "counts": counts | {"funnel": funnel(run, standing)},
         "versions": package_versions(standing),
     }
-    page = _render(_context(run, config, standing, summary))
-    staged = out / f".index.html.{secrets.token_hex(4)}"
-    staged.write_text(page, encoding="utf-8", errors="replace")  # lone surrogates are no text
-    staged.replace(out / "index.html")
+    page = render("report.html", _context(run, config, standing, summary))
+    write_page(out / "index.html", page)
     write_json(out / "summary.json", summary)
     return summary
 
 
-def _render(context: Mapping[str, Any]) -> str:
+def write_page(path: Path, page: str) -> None:
+    """Aside, then in place."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    staged.write_text(page, encoding="utf-8", errors="replace")  # lone surrogates are no text
+    staged.replace(path)
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A page of this folder, with the filters number, interval and duration."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -65,7 +71,7 @@ def _render(context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number_text, "interval": _interval, "duration": duration_text}
-    return environment.get_template("report.html").render(context)
+    return environment.get_template(template).render(context)
 
 
 def _context(
@@ -179,8 +185,8 @@ def number_text(value: float | None, form: str = ",.1f") -> str:
     return NONE if value is None else format(value, form)
 
 
-def _interval(interval: list[float | None], form: str = ".1f") -> str:
-    text = interval_text(interval, form)
+def _interval(interval: list[float | None] | None, form: str = ".1f") -> str:
+    text = interval_text(interval or [None, None], form)
     return NONE if text == "-" else text
 
 

@@ -143,4 +143,4 @@ def endpoint_annotator(config: AnnotatorConfig, cache: Path) -> Annotator:
                 "what was answered is kept: raise it and run the same command again"
             ) from error
 
-    return language_model(config.name or config.model, ask, prompts, log, service.prices)
+    return language_model(config.called, ask, prompts, log, service.prices)

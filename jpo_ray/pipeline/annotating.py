@@ -1,6 +1,7 @@
 """Annotators by config, and judging with them under a progress bar."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -28,10 +29,10 @@ def make_annotator(
     if config.annotator == "labels":
         if labels is None:
             raise InputError("judge.annotator: labels judge only what they came with; name another annotator")
-        return label_annotator(labels, proxy=proxy)
+        return replace(label_annotator(labels, proxy=proxy), name=config.called)
     from jpo_ray.sandbox import quality
 
-    return score_annotator(config.name or "sandbox", quality, noise=config.noise, tie_band=config.tie_band, seed=seed)
+    return score_annotator(config.called, quality, noise=config.noise, tie_band=config.tie_band, seed=seed)
 
 
 def judge_with_bar(comparisons: Sequence[Comparison], annotator: Annotator, bar: Bar) -> Rows:

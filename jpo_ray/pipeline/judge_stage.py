@@ -32,7 +32,8 @@ def judge_specs(context: Context) -> list[Spec]:
         items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
         pairs = records.read_table(context.path("pairs") / "pairs.parquet", records.PAIRS)
         rows = _judgments(context, pairs, items)
-        records.write_table(out / "judgments.parquet", rows, records.JUDGMENTS)
+        others = [_others_judgments(context, other, pairs, items, rows) for other in context.config.judge.also]
+        records.write_table(out / "judgments.parquet", sum(others, rows), records.JUDGMENTS)
         decisive = preferences(pairs, rows)
         counts = judgment_counts(rows) | {"preferences": len(decisive)}
         if context.config.judge.closure:
@@ -72,6 +73,17 @@ def _judgments(context: Context, pairs: pa.Table, items: pa.Table) -> Rows:
         bar.begin(len(others) + selection.budget)
         rows = _judge(others, items, annotator, bar)
         return rows + _judge_in_rounds(context, selection, pool, pairs, rows, items, annotator, bar)
+
+
+def _others_judgments(
+    context: Context, config: AnnotatorConfig, pairs: pa.Table, items: pa.Table, judged: Rows
+) -> Rows:
+    """What another annotator says of the pairs that were judged."""
+    ids = pa.array([row["pair_id"] for row in judged], pa.string())
+    with progress_bar(context.console, f"judging comparisons ({config.called})") as bar:
+        bar.begin(len(judged))
+        some = pairs.filter(pc.is_in(pairs["pair_id"], value_set=ids))
+        return _judge(some, items, run_annotator(context, config), bar)
 
 
 def _judge(pairs: pa.Table, items: pa.Table, annotator: Annotator, bar: Bar) -> Rows:
