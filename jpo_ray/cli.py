@@ -36,9 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="the whole pipeline; finished stages are skipped"))
     for stage, text in STAGE_HELP.items():
         command = commands.add_parser(stage, help=text)
-        _add_run(command, required=stage != "judge")
-        if stage == "judge":
-            _add_judge_files(command)
+        _add_run(command, required=stage not in ADD_FILES)
+        if stage in ADD_FILES:
+            ADD_FILES[stage](command.add_argument_group("without a run directory, by default judge.annotator=openai"))
     analyze = commands.add_parser(
         "analyze", help="agreement of annotators, and what conditional and joint verdicts share"
     )
@@ -68,11 +68,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_judge_files(parser: argparse.ArgumentParser) -> None:
-    files = parser.add_argument_group("without a run directory, by default with judge.annotator=openai")
+def _add_judge_files(files: "argparse._ArgumentGroup") -> None:
     files.add_argument("--pairs", type=Path, metavar="FILE", help="comparisons: DOVE's raw formats, or preferences")
     files.add_argument("--out", type=Path, metavar="DIR", help="folder for the judgments")
     files.add_argument("--dry-run", action="store_true", help="only say how many requests, tokens and dollars it takes")
+
+
+def _add_evaluate_files(files: "argparse._ArgumentGroup") -> None:
+    files.add_argument("--samples", type=Path, metavar="FILE", help="rows of instruction, outputs (or AlpacaEval's)")
+    files.add_argument("--gold", type=Path, metavar="FILE", help="rows of instruction, gold_response")
+    files.add_argument("--out", type=Path, metavar="DIR", help="folder for the win rate")
+    files.add_argument("--by-order", action="store_true", help="match rows by their order, not by instruction")
+
+
+ADD_FILES = {"judge": _add_judge_files, "evaluate": _add_evaluate_files}
 
 
 def _add_run(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -95,7 +104,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         out = arguments.out or arguments.run_dir / "analysis"
         analyze(arguments.run_dir, out, arguments.people, arguments.list, Console())
         return
-    if arguments.command == "judge" and _judges_files(arguments):
+    if arguments.command in ADD_FILES and _works_on_files(arguments):
         return
     from jpo_ray.config_file import load_config
 
@@ -113,22 +122,34 @@ def run_command(arguments: argparse.Namespace) -> None:
         (arguments.run_dir / ERROR_LOG).unlink(missing_ok=True)  # of an attempt that this one made good
 
 
-def _judges_files(arguments: argparse.Namespace) -> bool:
-    """Judge a file where one is given. Raises `InputError` for flags that do not go together."""
-    given = {name: getattr(arguments, name) for name in ("pairs", "out", "config", "run_dir")}
-    files, run = ([name for name in names if given[name]] for names in (("pairs", "out"), ("config", "run_dir")))
-    if files and not run and arguments.pairs and (arguments.out or arguments.dry_run):
-        from rich.console import Console
+def _works_on_files(arguments: argparse.Namespace) -> bool:
+    """Judge or evaluate files where they are given. Raises `InputError` for flags that do not go together."""
+    judging = arguments.command == "judge"
+    needed = ["pairs", "out"] if judging else ["samples", "gold", "out"]
+    dry_run = judging and arguments.dry_run
+    files = [name for name in needed if getattr(arguments, name)]
+    run = [name for name in ("config", "run_dir") if getattr(arguments, name)]
+    complete = files == needed or (dry_run and files[:1] == ["pairs"])
+    if not files and len(run) == 2 and not dry_run:
+        return False
+    if run or not complete:
+        flags = " and ".join(f"--{name}" for name in needed)
+        raise InputError(f"{arguments.command}: takes --config and --run-dir, or {flags}")
+    from rich.console import Console
 
-        from jpo_ray.config_file import load_section
+    from jpo_ray.config_file import load_section
+
+    config = load_section("judge", {"annotator": "openai"}, arguments.overrides)
+    if judging:
         from jpo_ray.pipeline.judge_files import judge_file
 
-        config = load_section("judge", {"annotator": "openai"}, arguments.overrides)
-        judge_file(arguments.pairs, arguments.out, config, Console(), dry_run=arguments.dry_run)
-        return True
-    if files or len(run) < 2 or arguments.dry_run:
-        raise InputError("judge: takes --config and --run-dir, or --pairs and --out (with --dry-run, --pairs alone)")
-    return False
+        judge_file(arguments.pairs, arguments.out, config, Console(), dry_run=dry_run)
+    else:
+        from jpo_ray.pipeline.evaluate_files import evaluate_file
+
+        by_order = arguments.by_order
+        evaluate_file(arguments.samples, arguments.gold, arguments.out, config, Console(), by_order=by_order)
+    return True
 
 
 def _demo_config() -> Path:

@@ -48,6 +48,18 @@ def read_source(source: Source, on_bad_rows: Literal["fail", "skip"]) -> SourceR
     return replace(rows, files=[(label, digest.hexdigest())])
 
 
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a file by any column names, each with where it stands. Raises `InputError` where one cannot be read."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    empty = True
+    for where, record in _file_records(path, str(path)):
+        empty = False
+        yield where, _values(record, {}, where)
+    if empty:
+        raise InputError(f"{path}: has no rows")
+
+
 def parse_rows(records: Iterable[Record], source: Source, on_bad_rows: Literal["fail", "skip"]) -> SourceRows:
     """Make raw rows into rows; also for rows that come from no file. Raises `InputError` as `read_source` does."""
     if unknown := sorted(set(source.columns) - COLUMNS):

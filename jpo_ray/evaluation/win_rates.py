@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from jpo_ray.errors import InputError
-from jpo_ray.feedback.annotators import Annotator, Comparison
+from jpo_ray.feedback.annotators import Annotator, Comparison, Progress, silent
 from jpo_ray.feedback.judge import judge
 from jpo_ray.records import VERDICTS, content_id, item_id
 
@@ -26,7 +26,9 @@ RESAMPLES_AT_ONCE = 256  # bounds memory: 256 x 100,000 instructions are 200 MB 
 Array = NDArray[np.float64]
 
 
-def judge_samples(samples: pa.Table, golds: Mapping[str, str], annotator: Annotator) -> list[dict[str, Any]]:
+def judge_samples(
+    samples: pa.Table, golds: Mapping[str, str], annotator: Annotator, progress: Progress = silent
+) -> list[dict[str, Any]]:
     """Judge each sample (a) against the gold response (b) of its instruction.
 
     `golds` maps instruction ids to texts. Returns rows of `records.SAMPLE_JUDGMENTS`, one per sample, in order. Equal
@@ -37,7 +39,7 @@ def judge_samples(samples: pa.Table, golds: Mapping[str, str], annotator: Annota
     _require_golds(rows, golds)
     comparisons = [_against_gold(row, golds[row["instruction_id"]]) for row in rows]
     distinct = {comparison.key: comparison for comparison in comparisons}
-    judgments = {row["pair_id"]: row for row in judge(list(distinct.values()), annotator)}
+    judgments = {row["pair_id"]: row for row in judge(list(distinct.values()), annotator, progress)}
     judged = []
     spent: set[str] = set()
     for row, comparison in zip(rows, comparisons, strict=True):

@@ -143,8 +143,12 @@ def evaluate_specs(context: Context) -> list[Spec]:
         samples = records.read_table(context.path("sample") / "samples.parquet", records.SAMPLES)
         with progress_bar(context.console, "judging samples against gold") as bar:
             bar.begin(samples.num_rows)
-            rows = judge_samples(samples, _golds(context), run_annotator(context, judge))
-            bar.advance(samples.num_rows)
+            rows = judge_samples(
+                samples,
+                _golds(context),
+                run_annotator(context, judge),
+                lambda share, note: bar.to(int(share * samples.num_rows), note=note),
+            )
         table = records.write_table(out / "judgments.parquet", rows, records.SAMPLE_JUDGMENTS)
         result = win_rates(table, config.bootstrap_samples, context.config.seed)
         write_json(out / "win_rates.json", result)
