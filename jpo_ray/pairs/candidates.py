@@ -20,6 +20,7 @@ STRIP = 512  # columns at a time
 LOOK_AHEAD = 4096  # columns at most, one in LOOK_AHEAD_SHARE
 LOOK_AHEAD_SHARE = 16
 CHUNK_ROWS = 512  # rows at a time: a tile of 1 MiB stays in a core's cache, and its product is fast
+MANY = 64  # of a tile's pairs one is few: computing more one by one takes longer than the whole tile in float32
 TIE = 2.0**-15  # more than `_told_apart` changes a cosine by
 
 Small = npt.NDArray[np.int32]
@@ -124,21 +125,32 @@ def _add_nearest(
 ) -> int:
     """Add a tile's nearest pairs in the band; the number of its pairs, whether in the band or not.
 
-    The tile's cosines are within `product.error`: few pairs pass by them, and those are computed again. So the result
-    is that of exact cosines, whatever the product, and pairs that tie are told apart by a hash.
+    The tile's cosines are within `product.error`: where that is not zero, the few pairs that pass by them are computed
+    again, or all of the tile where many do. So the result is that of exact cosines; pairs that tie are told apart by a
+    hash.
     """
-    rough, error, high = tile.cosine, np.float32(product.error + TIE), np.float32(best.search.band[1])
-    rough[same] = -np.inf
-    rough[_within_a_part(tile.rows, tile.columns)] = -np.inf
+    rough, error, band = tile.cosine, np.float32(product.error + TIE), best.search.band
     thresholds = best.thresholds(first_row, len(rough), np.dtype(np.float32))
-    if first_column == 0:
-        best.raise_thresholds(first_row, _surely(rough, error, best.search.band))
-    found = _numbers(rough > (thresholds - error)[:, None])
-    found = found[rough.ravel()[found] <= high + error] if high < 1 else found
+    left_out = _within_a_part(tile.rows, tile.columns)
+
+    def passing() -> Ints:
+        rough[same] = -np.inf
+        rough[left_out] = -np.inf
+        if first_column == 0:
+            best.raise_thresholds(first_row, _surely(rough, error, band))
+        found = _numbers(rough > (thresholds - error)[:, None])
+        return found[rough.ravel()[found] <= np.float32(band[1]) + error] if band[1] < 1 else found
+
+    found = passing()
+    again = product.error > 0
+    if again and len(found) > rough.size // MANY:
+        again, error = False, np.float32(TIE)
+        rough = product.exact_tile(slice(first_row, first_row + len(rough)))
+        found = passing()
     row, column = np.divmod(found, rough.shape[1])
-    cosine = product.cosines(first_row + row, column)
+    cosine = product.cosines(first_row + row, column) if again else rough.ravel()[found]
     priority = _told_apart(cosine, pair_hash(tile.rows.keys[row], tile.columns.keys[column], tile.seed))
-    kept = np.flatnonzero(_inside(cosine, best.search.band) & (priority > thresholds[row]))
+    kept = np.flatnonzero(_inside(cosine, band) & (priority > thresholds[row]))
     best.add(first_row + row[kept], first_column + column[kept], cosine[kept], priority[kept])
     return rough.size - len(same[0])
 

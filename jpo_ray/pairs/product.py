@@ -20,7 +20,7 @@ class Product:
 
     def __init__(self, rows: Floats, *, exact: bool, quick: bool) -> None:
         self._rows = rows
-        self.error = 0.0 if exact else rows.shape[1] * 2.0**-23
+        self.error = 0.0
         self._quick = quick and not exact and bfloat16_is_quicker()
         if self._quick:
             self._rows_rounded, self._row_error = _rounded(rows)
@@ -35,12 +35,16 @@ class Product:
     def tile(self, rows: slice) -> Floats:
         """Cosines float32[rows, columns] of some rows with the strip, within `error`."""
         if not self._quick:
-            return self._rows[rows] @ self._columns.T
+            return self.exact_tile(rows)
         cosine: Floats = (self._rows_rounded[rows] @ self._columns_rounded.T).float().numpy()
         return cosine
 
+    def exact_tile(self, rows: slice) -> Floats:
+        """Cosines float32[rows, columns] of some rows with the strip."""
+        return self._rows[rows] @ self._columns.T
+
     def cosines(self, rows: Ints, columns: Ints) -> Floats:
-        """Exact cosines float32[K] of K pairs of a row and a column of the strip; the same whatever the tile."""
+        """Exact cosines float32[K] of K pairs of a row and a column of the strip."""
         cosine: Floats = np.einsum("kd,kd->k", self._rows[rows], self._columns[columns])
         return cosine
 

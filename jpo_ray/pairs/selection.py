@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from jpo_ray.pairs.candidates import Candidates
 from jpo_ray.pairs.sides import Ints, rank_in_run
 
-MOST_FREE = 64  # items with places left among which swaps are looked for
+MOST_FREE = 16  # items with places left among which swaps are looked for
 PASSES = 32  # at most, in which what a limit refuses is replaced
 
 Flags = npt.NDArray[np.bool_]
@@ -143,15 +143,18 @@ def _swap(low: Ints, high: Ints, taken: Flags, movable: Flags, places: Ints) -> 
     free = np.flatnonzero(places > 0)
     if len(free) > MOST_FREE:
         return None
-    partners = {node: _partners(node, low, high, ~taken, len(places)) for node in free.tolist()}
+    numbers = np.flatnonzero(movable)
+    low, high, all_low, all_high = low[numbers], high[numbers], low, high
+    partners = {node: _partners(node, all_low, all_high, ~taken, len(places)) for node in free.tolist()}
+    joins = {node: (edge[low] >= 0, edge[high] >= 0) for node, edge in partners.items()}
     for a, b in combinations_with_replacement(partners, 2):
         if a == b and places[a] < 2:
             continue
-        for u, v in ((low, high), (high, low)):
-            able = np.flatnonzero((partners[a][u] >= 0) & (partners[b][v] >= 0) & movable)
+        for u, v, ends in ((0, 1, (low, high)), (1, 0, (high, low))):
+            able = np.flatnonzero(joins[a][u] & joins[b][v])
             if len(able):
-                out = int(able[-1])  # the one of least priority
-                return out, int(partners[a][u[out]]), int(partners[b][v[out]])
+                out = able[-1]  # the one of least priority
+                return int(numbers[out]), int(partners[a][ends[0][out]]), int(partners[b][ends[1][out]])
     return None
 
 
