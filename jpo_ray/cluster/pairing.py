@@ -16,7 +16,7 @@ from jpo_ray.pairs.candidates import Candidates, Search, joined
 from jpo_ray.pairs.clusters import cluster
 from jpo_ray.pairs.plans import Exact, Parts, Plan, grouped
 from jpo_ray.pairs.selection import Limits, candidates_per_row, select
-from jpo_ray.pairs.sides import Ints, Side
+from jpo_ray.pairs.sides import Ints, Side, rank_in_run
 from jpo_ray.pairs.strategies import STRATEGIES
 
 CLUSTER_SIZE = 256  # of approximate candidates: rows that meet the same columns
@@ -25,6 +25,7 @@ MOST_NEAR = 64  # clusters that a row may meet
 SAMPLED_ROWS = 256  # on which recall is measured
 SAMPLED_COLUMNS = 4096  # that a cluster's rows meet at random, at least
 
+JOINING_ITEMS = 4096  # that look for them where not all pairs can be looked at
 JOINING = 2  # partners in other parts of the graph that an item looks for
 
 PlanOf = Callable[[Ints], Plan]
@@ -82,25 +83,37 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
     plan_of, exact, notes = make_plan(tiles, problem, search)
     found = tiles.run(plan_of(np.arange(len(rows))), search)
     kept = np.full(len(rows), keep)  # candidates of each row and bin that were kept
-    joining: list[Candidates] = []  # pairs that join what would fall apart
-    graph_parts = nodes + 1
+    more: list[Candidates] = []  # pairs that join what would fall apart, or that columns look for
+    if exact and not problem.symmetric and (limits.min_per_item or limits.connected):
+        wanted = min(candidates_per_row(limits.budget, len(columns), bins), len(rows))
+        more.append(
+            tiles.run(_turned_plan(problem, np.arange(len(columns))), replace(search, keep=wanted), turned=True)
+        )
+    graph_parts, before = nodes + 1, None
     while True:
-        every = by_row(replace(joined([found, *joining], bins), in_band=found.in_band)) if joining else found
+        every = by_row(replace(joined([found, *more], bins), in_band=found.in_band)) if more else found
         chosen = select(every, nodes, columns_from, limits)
         if chosen.parts.any():
-            joining.append(_joining(tiles, problem, plan_of, search, chosen.parts, fewer_than=graph_parts))
+            more += _joining(tiles, problem, search, chosen.parts, fewer_than=graph_parts, exact=exact)
             graph_parts = 1 + int(chosen.parts.max())
             continue
         missing = limits.budget - len(chosen.numbers)
+        shares = np.bincount(every.bin[chosen.numbers], minlength=bins).tolist()
         lists = np.bincount(found.row.astype(np.int64) * bins + found.bin, minlength=len(rows) * bins)
-        more = lists.reshape(-1, bins) == np.minimum(kept, len(columns))[:, None]
-        more &= kept[:, None] < len(columns)
+        longer = lists.reshape(-1, bins) == np.minimum(kept, len(columns))[:, None]
+        longer &= kept[:, None] < len(columns)
         if not missing:
-            more &= chosen.short
+            longer &= chosen.short
         full = chosen.degree[: len(rows)] >= (limits.max_per_item or nodes)
-        deeper = np.flatnonzero(more.any(axis=1) & ~full)
-        if not len(deeper) or 2 * bins * int(kept[deeper].sum()) > MOST_CANDIDATES:
+        deeper = np.flatnonzero(longer.any(axis=1) & ~full)
+        # Longer lists that changed nothing will not with the next: other limits take the places.
+        if (
+            not len(deeper)
+            or 2 * bins * int(kept[deeper].sum()) > MOST_CANDIDATES
+            or (shares == before and not missing)
+        ):
             break
+        before = shares
         kept[deeper] = np.minimum(2 * kept[deeper], len(columns))
         parts_of = [tiles.run(plan_of(deeper[kept[deeper] == size]), replace(search, keep=int(size)))
                     for size in np.unique(kept[deeper])]  # fmt: skip
@@ -113,24 +126,44 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
 
 
 def _joining(
-    tiles: Tiles, problem: JointProblem, plan_of: PlanOf, search: Search, parts: Ints, *, fewer_than: int
-) -> Candidates:
+    tiles: Tiles, problem: JointProblem, search: Search, parts: Ints, *, fewer_than: int, exact: bool
+) -> list[Candidates]:
     """Candidates that join the parts of the graph: of each item the best in another part.
 
-    All parts but the largest look for partners, so their number is halved at least, where there are any (Boruvka).
-    Raises `InputError` where there are none, or no fewer parts than the last time.
+    All parts but the largest look for partners, so their number is halved at least, where there are any (Boruvka). Of
+    more items than all pairs can be looked at some of each part do. Raises `InputError` where there are none, or no
+    fewer parts than the last time.
     """
-    count = 1 + int(parts.max())
-    rows = np.arange(len(problem.rows))
-    if problem.symmetric:
-        rows = np.flatnonzero(parts != np.bincount(parts).argmax())
-    found = tiles.run(plan_of(rows), replace(search, keep=JOINING), parts) if count < fewer_than else None
-    if found is None or not len(found.row):
+    count, rows = 1 + int(parts.max()), len(problem.rows)
+    looking = np.flatnonzero(parts != np.bincount(parts).argmax())
+    if not exact:
+        by_part = looking[np.argsort(parts[looking], kind="stable")]
+        looking = np.sort(by_part[rank_in_run(parts[by_part]) < max(1, JOINING_ITEMS // count)])
+    search = replace(search, keep=JOINING)
+    found = []
+    if count < fewer_than:
+        found.append(tiles.run(_exact_plan(problem, looking[looking < rows]), search, parts))
+        if not problem.symmetric:
+            found.append(tiles.run(_turned_plan(problem, looking[looking >= rows] - rows), search, parts, turned=True))
+    if not any(len(some.row) for some in found):
+        limited = " and their limit" if problem.limits.max_per_item else ""
         raise InputError(
-            f"pairs.joint.connected: the pairs that {_limits_text(problem)} leave fall into {count} parts, "
+            f"pairs.joint.connected: the pairs that {_limits_text(problem)} leave fall into {count} parts{limited}, "
             f"which no pair joins; {_mend(problem)}"
         )
     return found
+
+
+def _exact_plan(problem: JointProblem, some: Ints) -> Plan:
+    """Some rows meet every column that they may."""
+    if problem.rows.groups is not None and problem.columns.groups is not None:
+        return grouped(some, problem.rows.groups, problem.columns.groups)
+    return Exact(some)
+
+
+def _turned_plan(problem: JointProblem, some: Ints) -> Plan:
+    """Some columns meet every row that they may."""
+    return _exact_plan(replace(problem, rows=problem.columns, columns=problem.rows), some)
 
 
 def _replaced(found: Candidates, rows: Ints, parts: list[Candidates], bins: int) -> Candidates:
@@ -142,11 +175,8 @@ def _replaced(found: Candidates, rows: Ints, parts: list[Candidates], bins: int)
 def make_plan(tiles: Tiles, problem: JointProblem, search: Search) -> tuple[PlanOf, bool, dict[str, Any]]:
     """How rows meet columns, whether that is all of them, and what to tell about it."""
     rows, columns = problem.rows, problem.columns
-    if rows.groups is not None and columns.groups is not None:
-        row_groups, column_groups = rows.groups, columns.groups
-        return lambda some: grouped(some, row_groups, column_groups), True, {}
-    if max(len(rows), len(columns)) <= problem.config.approximate_above:
-        return Exact, True, {}
+    if rows.groups is not None or max(len(rows), len(columns)) <= problem.config.approximate_above:
+        return lambda some: _exact_plan(problem, some), True, {}
     strategy = STRATEGIES[problem.config.strategy]
     clusters = cluster(problem.vectors.array, -(-len(columns) // CLUSTER_SIZE), problem.seed).cut(8 * CLUSTER_SIZE)
     row_parts, column_parts = (clusters.of_vector[side.instructions] for side in (rows, columns))
@@ -168,8 +198,10 @@ def make_plan(tiles: Tiles, problem: JointProblem, search: Search) -> tuple[Plan
     else:
         enough = min(enough, near.shape[1])
         meets, extra = near[:, :enough], 0
-        notes |= {"clusters met": enough, "recall": round(float(recalls[enough - 1]), 4)}
-        if notes["recall"] < problem.config.min_recall:
+        notes["clusters met"] = enough
+        if len(truth.row):
+            notes["recall"] = round(float(recalls[enough - 1]), 4)
+        if notes.get("recall", 1) < problem.config.min_recall:
             notes["warning"] = (
                 f"approximate candidates find {notes['recall']:.2%} of the exact ones, pairs.joint.min_recall asks for "
                 f"{problem.config.min_recall:.2%}; raise approximate_above to look at all pairs"
@@ -193,7 +225,15 @@ def _check_limits(problem: JointProblem, nodes: int) -> None:
         else len(problem.rows) * len(problem.columns)
     )
     if limits.budget > most:
-        raise _too_few(problem, most)
+        raise InputError(
+            f"pairs.joint: {_sides_text(problem)} make {most} pairs, the budget asks for {limits.budget}; lower {key}"
+        )
+    narrow = min(len(problem.rows), len(problem.columns))
+    if not problem.symmetric and limits.max_per_item is not None and limits.budget > limits.max_per_item * narrow:
+        raise InputError(
+            f"pairs.joint.max_per_item: {_sides_text(problem)} in at most {limits.max_per_item} pairs each make at "
+            f"most {limits.max_per_item * narrow} pairs, the budget asks for {limits.budget}; raise it or lower {key}"
+        )
     if limits.max_per_item is not None and 2 * limits.budget > limits.max_per_item * nodes:
         raise InputError(
             f"pairs.joint.max_per_item: {nodes} items in at most {limits.max_per_item} pairs each make at most "
@@ -228,10 +268,17 @@ def _limits_text(problem: JointProblem) -> str:
     return f"the similarity band [{low:g}, {high:g}]{capped}{within}"
 
 
+def _sides_text(problem: JointProblem) -> str:
+    if problem.symmetric:
+        return f"{len(problem.rows)} items"
+    return f"{len(problem.rows)} items on one side and {len(problem.columns)} on the other"
+
+
 def _mend(problem: JointProblem) -> str:
     mends = ["raise group_size"] if problem.rows.groups is not None else []
     mends += ["raise max_per_item"] if problem.limits.max_per_item else []
-    return ", ".join([*mends, "widen min_similarity/max_similarity"])
+    mends += ["widen min_similarity/max_similarity"] if problem.band != (-1, 1) else []
+    return ", ".join(mends) or "add items of other instructions"
 
 
 def _too_few(problem: JointProblem, count: int, *, exact: bool = True, complete: bool = True) -> InputError:

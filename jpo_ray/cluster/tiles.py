@@ -3,6 +3,7 @@
 Workers import this module: it must stay light.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,11 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jpo_ray.errors import InputError
 from jpo_ray.pairs.candidates import Candidates, Search, joined
 from jpo_ray.pairs.plans import Exact, Plan, run_task
 from jpo_ray.pairs.sides import Ints, Side
 from jpo_ray.pairs.strategies import STRATEGIES
 
+CHECKED_AT_ONCE = 16_384
+PARTS_FORMAT = 2  # of what tasks leave for a run that goes on
+NORM_TOLERANCE = 0.02  # of float16 vectors
 POOL_TASKS = 16  # from which starting actors pays
 QUICK_PAIRS = 2**31  # from which loading torch for quicker products pays
 
@@ -33,7 +38,18 @@ class SharedVectors:
 
 
 def share(ray: Any, vectors: Vectors) -> SharedVectors:
-    """Put vectors where all workers read them; the caller's copy is not needed any longer."""
+    """Put vectors where all workers read them; the caller's copy is not needed any longer.
+
+    Raises `InputError` for vectors that are not normalised: zero, not finite, or of another kind of embedding.
+    """
+    for start in range(0, len(vectors), CHECKED_AT_ONCE):
+        norms = np.linalg.norm(vectors[start : start + CHECKED_AT_ONCE].astype(np.float32), axis=1)
+        bad = np.flatnonzero(~(np.abs(norms - 1) < NORM_TOLERANCE))
+        if len(bad):
+            raise InputError(
+                f"embeddings: vector {start + bad[0]} of {len(vectors)} has the norm {norms[bad[0]]:g}, not 1; "
+                "remove the run's embeddings and the cache's to make them again"
+            )
     reference = ray.put(vectors)
     return SharedVectors(reference, ray.get(reference))
 
@@ -49,18 +65,23 @@ class Tiles:
         self._sides = ray.put((rows, columns))
         self._runs = 0
 
-    def run(self, plan: Plan, search: Search, parts: Ints | None = None) -> Candidates:
-        """The candidates of all the plan's rows, by row; with `parts` (of every node) only those of different parts."""
+    def run(self, plan: Plan, search: Search, parts: Ints | None = None, *, turned: bool = False) -> Candidates:
+        """The candidates of all the plan's rows, by row; with `parts` (of every node) only those of different parts.
+
+        `turned`: the plan's rows are of the columns' side, and look for partners on the rows' side.
+        """
         self._runs += 1
         # Not for blocks of all sizes: for every shape the quicker product compiles a kernel of its own.
         many = isinstance(plan, Exact) and len(plan.rows) * len(self._columns) >= QUICK_PAIRS
         search = replace(search, quick=many and STRATEGIES[search.strategy].priority is None)
-        sides = self._sides
+        rows, columns, sides = self._rows, self._columns, self._sides
         if parts is not None:
-            rows = replace(self._rows, parts=parts[: len(self._rows)])
-            columns = replace(self._columns, parts=parts[-len(self._columns) :])
+            rows, columns = replace(rows, parts=parts[: len(rows)]), replace(columns, parts=parts[-len(columns) :])
+        if turned:
+            rows, columns = columns, rows
+        if parts is not None or turned:
             sides = self._ray.put((rows, columns))
-        prefix = f"{self._runs}-{plan.tasks}-{search.keep}"
+        prefix = f"{self._runs}-{_digest(plan, search, rows, columns)}"
         done = self._kept(prefix)
         self._bar.begin(plan.tasks)
         self._bar.advance(len(done))
@@ -75,7 +96,8 @@ class Tiles:
                     os.fsync(file.fileno())
                 staged.rename(self._folder / f"{prefix}-{task}.npz")
             self._bar.advance(1)
-        return by_row(joined([_decoded(done.pop(task)) for task in sorted(done)], search.bins))
+        every = joined([_decoded(done.pop(task)) for task in sorted(done)], search.bins)
+        return by_row(replace(every, row=every.column, column=every.row) if turned else every)
 
     def _kept(self, prefix: str) -> dict[int, bytes]:
         if self._folder is None:
@@ -83,6 +105,15 @@ class Tiles:
         self._folder.mkdir(parents=True, exist_ok=True)
         paths = self._folder.glob(f"{prefix}-*.npz")
         return {int(path.stem.rsplit("-", 1)[1]): path.read_bytes() for path in paths}
+
+
+def _digest(plan: Plan, search: Search, rows: Side, columns: Side) -> str:
+    """What a task's result depends on, but for the vectors (a part of another run must not be taken for this one's)."""
+    digest = hashlib.sha256(repr((PARTS_FORMAT, type(plan).__name__, plan.tasks, search)).encode())
+    for side in (rows, columns):
+        for values in (side.keys, side.instructions, side.groups, side.parts):
+            digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _tasks_on_ray(

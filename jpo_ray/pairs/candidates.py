@@ -20,7 +20,7 @@ STRIP = 512  # columns at a time
 LOOK_AHEAD = 4096  # columns at most, one in LOOK_AHEAD_SHARE
 LOOK_AHEAD_SHARE = 16
 CHUNK_ROWS = 512  # rows at a time: a tile of 1 MiB stays in a core's cache, and its product is fast
-MANY = 64  # of a tile's pairs one is few: computing more one by one takes longer than the whole tile in float32
+MANY = 128  # of a tile's pairs one is few: computing more one by one takes longer than the whole tile in float32
 TIE = 2.0**-15  # more than `_told_apart` changes a cosine by
 
 Small = npt.NDArray[np.int32]
@@ -147,6 +147,7 @@ def _add_nearest(
         again, error = False, np.float32(TIE)
         rough = product.exact_tile(slice(first_row, first_row + len(rough)))
         found = passing()
+        best.overflowed |= first_column > 0
     row, column = np.divmod(found, rough.shape[1])
     cosine = product.cosines(first_row + row, column) if again else rough.ravel()[found]
     priority = _told_apart(cosine, pair_hash(tile.rows.keys[row], tile.columns.keys[column], tile.seed))
@@ -199,6 +200,7 @@ class _Best:
 
     def __init__(self, lists: int, search: Search) -> None:
         self.search = search
+        self.overflowed = False  # too many pairs passed the quick cosines
         self._lists = lists
         self._threshold: Priorities | None = None  # of each list; only what is above it can still enter
         self._parts: list[tuple[Ints, Small, Floats, Priorities]] = []

@@ -39,6 +39,10 @@ class Product:
         cosine: Floats = (self._rows_rounded[rows] @ self._columns_rounded.T).float().numpy()
         return cosine
 
+    def be_exact(self) -> None:
+        """From the next strip on: the vectors are too alike for quick cosines to tell much."""
+        self._quick, self.error = False, 0.0
+
     def exact_tile(self, rows: slice) -> Floats:
         """Cosines float32[rows, columns] of some rows with the strip."""
         return self._rows[rows] @ self._columns.T

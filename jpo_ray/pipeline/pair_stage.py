@@ -222,12 +222,14 @@ def _joint(
     most = len(left) * len(right) if right is not left else len(left) * (len(left) - 1) // 2
     key = "budget" if split == "train" else "validation_budget"
     asked = getattr(config, key)
-    budget = asked or min(most, _default_budget(config, len(members)))
+    at_most = split == "validation" and not asked  # limits and a band may leave few of its few items
+    if at_most:
+        config = config.model_copy(update={"min_per_item": 0, "connected": False})
+    budget = asked or min(most, _default_budget(config, len(members), len(left), len(right), two=right is not left))
     if not budget:
         return [], {}
     rows = _side(left, row_of, groups, vectors.array, config, seed)
     columns = rows if right is left else _side(right, row_of, groups, vectors.array, config, seed)
-    at_most = split == "validation" and not asked  # a band may leave few of its few items
     problem = JointProblem(rows, columns, vectors, config, budget, seed, f"pairs.joint.{key}", at_most)
     with progress_bar(context.console, f"candidate pairs ({split})") as bar:
         choice = joint_pairs(context.ray(), problem, bar, tiles)
@@ -239,10 +241,13 @@ def _joint(
     return pairs, choice.notes
 
 
-def _default_budget(config: JointPairs, items: int) -> int:
-    """As many pairs as items, as in the paper, as far as the limits allow."""
-    wanted = items * max(1, config.min_per_item)
-    return wanted if config.max_per_item is None else min(wanted, items * config.max_per_item // 2)
+def _default_budget(config: JointPairs, items: int, left: int, right: int, *, two: bool) -> int:
+    """As many pairs as D_S has items, as in the paper, or as the limits ask for or allow."""
+    nodes = left + right if two else left
+    wanted = max(items, -(-nodes * config.min_per_item // (1 if two else 2)), nodes - 1 if config.connected else 0)
+    if config.max_per_item is None:
+        return wanted
+    return min(wanted, config.max_per_item * (min(left, right) if two else left) // (1 if two else 2))
 
 
 def _chosen_and_rejected(

@@ -156,7 +156,7 @@ def test_groups_are_kept_to() -> None:
     assert {frozenset(pair) for pair in pairs} == {
         frozenset((i, j)) for i, j in combinations(range(40), 2) if rows.groups[i] == rows.groups[j]
     }
-    with pytest.raises(InputError, match=r"leaves 180 pairs, the budget asks for 181; raise group_size, widen"):
+    with pytest.raises(InputError, match=r"leaves 180 pairs, the budget asks for 181; raise group_size or"):
         pairs_of(rows, unit_vectors(40), budget=181)
 
 
@@ -213,6 +213,56 @@ def test_two_sides_are_joined() -> None:
         pairs_of(rows, vectors, columns, strategy="proxy", connected=True, budget=60, min_similarity=0.5)
 
 
+def test_parts_are_joined_where_not_all_pairs_are_looked_at() -> None:
+    vectors = clustered_vectors(1500, 40, seed=4, spread=0.3)
+    options = {"strategy": "similar", "approximate_above": 1000, "connected": True, "budget": 2000}
+    pairs = pairs_of(side(1500), vectors, **options)
+    assert (len(pairs), components(pairs, 1500)) == (2000, 1)
+
+
+@pytest.mark.parametrize(("rows", "columns", "budget"), [(10, 1000, 1010), (100, 300, 400), (300, 100, 400)])
+def test_every_item_of_both_sides_gets_its_least(rows: int, columns: int, budget: int) -> None:
+    vectors = unit_vectors(rows + columns)
+    left, right = side(rows), side(columns, list(range(rows, rows + columns)), name="rejected")
+    pairs = pairs_of(left, vectors, right, strategy="proxy", budget=budget, min_per_item=1)
+    assert len(pairs) == budget
+    assert {row for row, _ in pairs} == set(range(rows))
+    assert {column for _, column in pairs} == set(range(columns))
+
+
+def test_limits_that_take_a_ranges_places_do_not_make_lists_longer_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    select = pairing.select
+
+    def counted(found: Any, *arguments: Any) -> Any:
+        chosen.append(len(found.row))
+        return select(found, *arguments)
+
+    monkeypatch.setattr(pairing, "select", counted)
+    options = {"strategy": "stratified", "min_similarity": 0.0, "max_similarity": 0.9, "connected": True}
+    pairs = pairs_of(side(400), unit_vectors(400), budget=400, **options)
+    assert (len(pairs), components(pairs, 400)) == (400, 1)
+    assert len(chosen) <= 4
+
+
+def test_vectors_that_are_no_directions_are_refused() -> None:
+    vectors = unit_vectors(30)
+    for value in (0, np.nan, np.inf, 3):
+        broken = vectors.copy()
+        broken[7] = value
+        with pytest.raises(InputError, match="vector 7 of 30 has the norm"):
+            pairs_of(side(30), broken)
+
+
+def test_what_another_run_left_is_not_taken(tmp_path: Path) -> None:
+    rows, vectors = side(60), unit_vectors(60)
+    left = []
+    for seed in (0, 9):
+        left.append(choose(rows, vectors, seed=seed, parts=tmp_path).pairs)
+        assert left[-1] == choose(rows, vectors, seed=seed).pairs
+    assert left[0] != left[1]
+
+
 @pytest.mark.parametrize(("least", "budget"), [(1, 60), (2, 115), (3, 170), (5, 300)])
 def test_every_item_gets_its_least_where_the_budget_allows(least: int, budget: int) -> None:
     """100 items, at least so many pairs of each; with chance alone some have fewer."""
@@ -252,6 +302,7 @@ def test_a_budget_that_is_only_wished_for_takes_what_there_is() -> None:
             {"connected": True, "budget": 28},
             "connected: it takes 29 pairs to connect 30 items, the budget gives 28; raise pairs.joint.budget",
         ),
+        ({"budget": 436}, "pairs.joint: 30 items make 435 pairs, the budget asks for 436; lower pairs.joint.budget"),
         ({"min_per_item": 3, "budget": 45}, "of 30 items are in fewer than 3 pairs (the fewest: "),
     ],
 )
