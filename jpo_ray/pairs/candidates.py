@@ -20,7 +20,7 @@ STRIP = 512  # columns at a time
 LOOK_AHEAD = 4096  # columns at most, one in LOOK_AHEAD_SHARE
 LOOK_AHEAD_SHARE = 16
 CHUNK_ROWS = 512  # rows at a time: a tile of 1 MiB stays in a core's cache, and its product is fast
-MANY = 128  # of a tile's pairs one is few: computing more one by one takes longer than the whole tile in float32
+MANY = 32  # of a tile's pairs one is few: computing more one by one takes longer than the whole tile in float32
 TIE = 2.0**-15  # more than `_told_apart` changes a cosine by
 
 Small = npt.NDArray[np.int32]
@@ -70,6 +70,8 @@ def block_candidates(rows: Side, columns: Side, vectors: npt.NDArray[np.float16]
         _look_ahead(best, product, rows, columns, vectors)
     for start in range(0, len(columns), STRIP):
         strip = columns.take(slice(start, start + STRIP))
+        if best.overflowed:
+            product.be_exact()
         product.strip(float32(vectors[strip.instructions]))
         in_strip = slice(*np.searchsorted(same_column, [start, start + STRIP]))
         for top in range(0, len(rows), CHUNK_ROWS):

@@ -88,6 +88,32 @@ def test_a_quicker_product_finds_the_same_pairs(low: float, high: float, monkeyp
         assert getattr(quick, name).tolist() == getattr(exact, name).tolist()
 
 
+@pytest.mark.parametrize("shift", [0.5, 5.0, 100.0])
+def test_vectors_too_alike_for_a_quicker_product(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then tiles are exact ones; the pairs are the same."""
+    monkeypatch.setattr(product, "bfloat16_is_quicker", lambda: True)
+    monkeypatch.setattr(candidates, "STRIP", 128)
+    exact_tiles = 0
+    compute = product.Product.exact_tile
+
+    def counted(self: product.Product, rows: slice) -> np.ndarray:
+        nonlocal exact_tiles
+        exact_tiles += self.error > 0
+        return compute(self, rows)
+
+    monkeypatch.setattr(product.Product, "exact_tile", counted)
+    drawn = np.random.default_rng(1).normal(size=(1000, 64))
+    drawn[:, 0] += shift * 8
+    vectors = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float16)
+    rows = side(1000)
+    exact = whole(rows, rows, vectors, strategy="similar", keep=4)
+    assert exact_tiles == 0
+    quick = whole(rows, rows, vectors, strategy="similar", keep=4, quick=True)
+    assert quick.row.tolist() == exact.row.tolist()
+    assert np.abs(quick.similarity - exact.similarity).max() < 2e-5
+    assert 1 <= exact_tiles <= 4  # until the first strip of theirs is over
+
+
 def test_a_quicker_product_is_within_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "bfloat16_is_quicker", lambda: True)
     left, right = (float32(unit_vectors(300, seed=seed, width=64)) for seed in (1, 2))
