@@ -70,6 +70,26 @@ def test_wrong_answers_are_asked_about_once_more(tmp_path: Path) -> None:
     assert [message["role"] for message in bodies[-1]["messages"]] == ["system", "user", "assistant", "user"]
 
 
+def test_with_every_fault_at_once_each_comparison_has_one_judgment(tmp_path: Path) -> None:
+    """A tenth each of eight faults. What is invalid says why; a second run asks only for what got no answer."""
+    faults = ("429", "429 after", "500", "timeout", "truncated", "cut off", "empty", "wrong")
+    asked = comparisons(60)
+    with endpoint(faults=dict.fromkeys(faults, 0.1), seed=5) as server:
+        patient = config(server.url, timeout_s=1.0, max_attempts=8)
+        rows = judge(asked, endpoint_annotator(patient, tmp_path))
+        first = server.counts()
+        judge(asked, endpoint_annotator(patient, tmp_path))
+        second = server.counts()["requests"] - first["requests"]
+    assert [row["pair_id"] for row in rows] == [each.key for each in asked]
+    invalid = [row for row in rows if row["verdict"] == "invalid"]
+    assert all(row["reason"] for row in invalid)
+    assert all(not row["reason"] for row in rows if row["verdict"] != "invalid")
+    unanswered = sum("no answer after 8 attempts" in row["reason"] for row in invalid)
+    assert (second == 0) == (unanswered == 0)
+    assert second <= 2 * 2 * 8 * unanswered
+    assert first["requests"] == sum(count for name, count in first.items() if name != "requests")
+
+
 def test_refusals_are_invalid_with_the_reason(tmp_path: Path) -> None:
     with endpoint(faults={"refusal": 1.0}) as server:
         (row,) = judge(comparisons(1), endpoint_annotator(config(server.url), tmp_path))
