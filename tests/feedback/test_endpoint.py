@@ -56,8 +56,9 @@ def test_every_prompt_is_answered_once(tmp_path: Path) -> None:
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
 
 
-def test_faults_are_outlasted_and_add_up(tmp_path: Path) -> None:
+def test_faults_are_outlasted_and_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of each fault: more than half of all requests fail somehow."""
+    monkeypatch.setattr("jpo_ray.feedback.endpoint.LONGEST_PAUSE_S", 0.2)
     with endpoint(faults=dict.fromkeys(FAULTS, 0.1)) as server:
         found, log = ask(server, prompts(60), tmp_path, max_attempts=20)
         counts = server.counts()

@@ -70,8 +70,11 @@ def test_wrong_answers_are_asked_about_once_more(tmp_path: Path) -> None:
     assert [message["role"] for message in bodies[-1]["messages"]] == ["system", "user", "assistant", "user"]
 
 
-def test_with_every_fault_at_once_each_comparison_has_one_judgment(tmp_path: Path) -> None:
+def test_with_every_fault_at_once_each_comparison_has_one_judgment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A tenth each of eight faults. What is invalid says why; a second run asks only for what got no answer."""
+    monkeypatch.setattr("jpo_ray.feedback.endpoint.LONGEST_PAUSE_S", 0.2)
     faults = ("429", "429 after", "500", "timeout", "truncated", "cut off", "empty", "wrong")
     asked = comparisons(60)
     with endpoint(faults=dict.fromkeys(faults, 0.1), seed=5) as server:
