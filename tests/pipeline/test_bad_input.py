@@ -38,14 +38,14 @@ def test_a_similarity_band_that_is_too_narrow(jpo: Any) -> None:
 
 def test_a_validation_split_too_small_for_the_band_names_its_own_budget(jpo: Any) -> None:
     error, _ = jpo("run", "pairs.joint.validation_budget=1000")
-    assert "leaves 66 pairs, the budget asks for 1000" in error
+    assert "12 items make 66 pairs, the budget asks for 1000" in error
     assert "lower pairs.joint.validation_budget" in error
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["budget=2000"], "leaves 1128 pairs, the budget asks for 2000"),
+        (["budget=2000"], "48 items make 1128 pairs, the budget asks for 2000"),
         (["max_per_item=1", "budget=30"], "max_per_item: 48 items in at most 1 pairs each make at most 24 pairs, the"),
         (
             ["min_per_item=3", "budget=50"],
