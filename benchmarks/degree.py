@@ -22,7 +22,8 @@ from quality_curves.world import GROUP, make_world, mode_settings
 from rich.console import Console
 from rich.table import Table
 
-from jpo_ray.runs import package_versions, write_json
+from jpo_ray.artifacts import package_versions
+from jpo_ray.files import write_json
 
 COLUMNS = {
     "items": "items", "comparisons": "comparisons", "passes": "items scored", "seconds": "seconds",

@@ -36,8 +36,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from jpo_ray.artifacts import package_versions
 from jpo_ray.config import JointPairs
-from jpo_ray.runs import package_versions, write_json
+from jpo_ray.files import write_json
 
 WIDTH = 384
 BAND = (0.2, 0.8)

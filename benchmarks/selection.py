@@ -38,6 +38,7 @@ from rich.table import Table
 from scipy.stats import sem, t
 
 from jpo_ray import records
+from jpo_ray.artifacts import package_versions
 from jpo_ray.config import RunConfig, TrainConfig
 from jpo_ray.data.tokens import TokenizedItems, tokenize
 from jpo_ray.engine.jobs import layout_of
@@ -47,10 +48,10 @@ from jpo_ray.engine.step import score_all
 from jpo_ray.feedback.closure import implied_rows, item_graph
 from jpo_ray.feedback.judge import comparisons_of, judge, preferences
 from jpo_ray.feedback.strengths import fit_strengths
+from jpo_ray.files import write_json
 from jpo_ray.pairs.choosing import Known, choose_next
 from jpo_ray.pairs.sides import item_keys
 from jpo_ray.pipeline.judge_stage import with_strengths
-from jpo_ray.runs import package_versions, write_json
 
 STRATEGIES = ("random", "uncertainty", "margin", "ches", "closure")
 SHARE = 0.95  # of the gain

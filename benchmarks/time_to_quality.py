@@ -23,9 +23,10 @@ from quality_curves.training import train_curve, win_rates_of
 from quality_curves.world import GROUP, World, make_world, mode_settings
 from rich.console import Console
 
+from jpo_ray.artifacts import package_versions
 from jpo_ray.config import TrainConfig
 from jpo_ray.evaluation.win_rates import BASELINE
-from jpo_ray.runs import package_versions, write_json
+from jpo_ray.files import write_json
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jpo_ray.errors import InputError
-from jpo_ray.runs import write_json
+from jpo_ray.files import write_json
 
 
 def cache_folder() -> Path:

@@ -264,7 +264,7 @@ def _compares(arguments: argparse.Namespace) -> bool:
     from rich.console import Console
 
     from jpo_ray.evaluation.comparison import compare_runs
-    from jpo_ray.runs import output_folder
+    from jpo_ray.files import output_folder
 
     with output_folder(arguments.out):
         compare_runs(tuple(arguments.compare), arguments.out)

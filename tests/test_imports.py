@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Imports point one way: each part may import what stands in an earlier row, and itself; never another of its own row.
 ROWS = [
     ["__init__", "errors"],
-    ["lease"],
+    ["files", "artifacts", "lease"],
     ["records", "config_base", "runs"],
     ["config_judge"],
     ["config"],

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from jpo_ray import lease
+from jpo_ray.artifacts import FORMAT, stage_fingerprint
 from jpo_ray.errors import InputError
-from jpo_ray.runs import FORMAT, RunDir, file_hashes, open_run, stage_fingerprint, write_json
+from jpo_ray.files import file_hashes, write_json
+from jpo_ray.runs import RunDir, open_run
 
 DEAD_PID = 2**22 + 1  # above the largest that Linux gives out
 

@@ -19,7 +19,7 @@ from jpo_ray.annotation.store import PER_COMPARISON, Store
 from jpo_ray.config_judge import PEOPLE
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Comparison
-from jpo_ray.runs import output_folder
+from jpo_ray.files import output_folder
 
 DATABASE = "annotations.sqlite"
 LOCK = ".annotate.lock"

@@ -125,7 +125,7 @@ def engine_options(dtype: str, requests: Sequence[Request], max_new_tokens: int,
 
 
 def _lora_rank(adapters: Sequence[Path]) -> int:
-    from jpo_ray.runs import read_json
+    from jpo_ray.files import read_json
 
     largest = max(int(read_json(path / "adapter_config.json")["r"]) for path in adapters)
     fitting = next((rank for rank in VLLM_LORA_RANKS if rank >= largest), None)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jpo_ray.config import Source
 from jpo_ray.data.formats import COLUMNS, ID_COLUMNS, BadRow, Row, format_of, row_of
 from jpo_ray.errors import InputError
-from jpo_ray.runs import hash_file
+from jpo_ray.files import hash_file
 
 Record = tuple[str, object]  # where it stands, and the raw row (a `BadRow` where it could not even be read)
 

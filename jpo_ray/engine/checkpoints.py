@@ -18,7 +18,7 @@ from torch import nn
 
 from jpo_ray.engine.sharding import assign, is_sharded, whole, whole_state
 from jpo_ray.engine.step import rank_and_world, trainable
-from jpo_ray.runs import file_hashes, read_json, write_json
+from jpo_ray.files import file_hashes, read_json, write_json
 
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> Path:

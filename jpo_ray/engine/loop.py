@@ -13,7 +13,7 @@ from jpo_ray.engine.checkpoints import keep_only, load_checkpoint, newest_checkp
 from jpo_ray.engine.optim import learning_rate, make_optimizer
 from jpo_ray.engine.sharding import whole
 from jpo_ray.engine.step import rank_and_world, sum_over_workers, trainable
-from jpo_ray.runs import write_json
+from jpo_ray.files import write_json
 
 Metrics = dict[str, float]
 LOG_ENTRIES = 200  # about so many training entries are kept in the log, each the mean of the steps since the last

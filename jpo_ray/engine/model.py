@@ -10,7 +10,7 @@ from torch import nn
 
 from jpo_ray.config import BaseModelConfig, TrainConfig
 from jpo_ray.errors import InputError
-from jpo_ray.runs import hash_file, read_json, write_json
+from jpo_ray.files import hash_file, read_json, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # never pickles

@@ -21,8 +21,8 @@ import pyarrow as pa
 from jpo_ray.config_base import NAME_PATTERN
 from jpo_ray.data.sources import read_rows
 from jpo_ray.errors import InputError
+from jpo_ray.files import write_json
 from jpo_ray.records import content_id
-from jpo_ray.runs import write_json
 
 GOLD = "gold"  # the reference's name as a generator
 # A preference is 1 where the reference is better, 2 where the model is, or between; these two are from its older files.

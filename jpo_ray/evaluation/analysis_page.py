@@ -18,7 +18,7 @@ from jpo_ray.feedback.analysis import (
     length_bias,
     verdict_counts,
 )
-from jpo_ray.runs import write_json
+from jpo_ray.files import write_json
 
 SHOWN = (*CELLS[:2], "both alike", *CELLS[2:])  # of the interplay
 

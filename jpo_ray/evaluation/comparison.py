@@ -7,7 +7,8 @@ from typing import Any
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.report import render, write_page
 from jpo_ray.evaluation.win_rates import interval_text
-from jpo_ray.runs import RunDir, read_json, write_json
+from jpo_ray.files import read_json, write_json
+from jpo_ray.runs import RunDir
 
 
 def compare_runs(runs: tuple[Path, Path], out: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from jpo_ray.evaluation.charts import interval_chart
 from jpo_ray.evaluation.report import render, write_page
 from jpo_ray.evaluation.win_rates import interval_text, win_rates
-from jpo_ray.runs import write_json
+from jpo_ray.files import write_json
 
 COLUMNS = ["instruction_id", "model", "temperature", "verdict"]
 

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jpo_ray.artifacts import Manifest
 from jpo_ray.config import RunConfig
 from jpo_ray.evaluation.charts import Line, histogram, line_chart, win_rate_chart
 from jpo_ray.evaluation.histories import Log, averaged, curve
 from jpo_ray.evaluation.run_facts import joint_similarities
-from jpo_ray.runs import Manifest, RunDir
+from jpo_ray.runs import RunDir
 
 # Measures shown for all trained models together: log key, title, unit.
 MEASURES = (

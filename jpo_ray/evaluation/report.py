@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from jpo_ray.artifacts import Manifest
 from jpo_ray.config import RunConfig
 from jpo_ray.evaluation import panels, sample_cards
 from jpo_ray.evaluation.charts import series_of, temperatures_of
@@ -27,7 +28,8 @@ from jpo_ray.evaluation.run_facts import (
     win_rates_of,
 )
 from jpo_ray.evaluation.win_rates import BASELINE, interval_text
-from jpo_ray.runs import Manifest, RunDir, read_json, write_json
+from jpo_ray.files import read_json, write_json
+from jpo_ray.runs import RunDir
 
 NONE = "–"  # stands where there is no number
 

@@ -9,9 +9,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from jpo_ray.artifacts import Manifest
 from jpo_ray.config import RunConfig
+from jpo_ray.files import read_json
 from jpo_ray.records import PROTOCOLS, SPLITS
-from jpo_ray.runs import Manifest, RunDir, read_json
+from jpo_ray.runs import RunDir
 
 # A config section that can be null, and what its absence means.
 OFF = {

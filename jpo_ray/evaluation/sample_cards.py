@@ -6,9 +6,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jpo_ray.artifacts import Manifest
 from jpo_ray.evaluation.run_facts import read_columns
 from jpo_ray.records import SAMPLES
-from jpo_ray.runs import Manifest, RunDir
+from jpo_ray.runs import RunDir
 
 MAX_CHARACTERS = 6000  # of one text on the page: a runaway sample must not make it unusable
 VERDICT_WORDS = {"a": "better than gold", "b": "worse than gold", "tie": "tie with gold", "invalid": "no valid verdict"}

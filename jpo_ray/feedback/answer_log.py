@@ -16,7 +16,7 @@ from typing import Any
 
 from jpo_ray.cache import key_folder
 from jpo_ray.errors import InputError
-from jpo_ray.runs import write_json
+from jpo_ray.files import write_json
 
 KIND = "answers"
 SYNC_EVERY_S = 1.0  # a machine that loses power loses at most so much; a kill loses nothing that was written

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from jpo_ray.cache import append_part, key_folder, read_parts
 from jpo_ray.errors import InputError
-from jpo_ray.runs import file_hashes, hash_file
+from jpo_ray.files import file_hashes, hash_file
 
 CACHE_FORMAT = 2
 KIND = "embeddings"

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jpo_ray.config import RunConfig
 from jpo_ray.errors import InputError
+from jpo_ray.files import read_json
 from jpo_ray.pipeline import (
     evaluate_stage,
     item_stage,
@@ -21,7 +22,7 @@ from jpo_ray.pipeline import (
 from jpo_ray.pipeline.annotating import check_annotator
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec, build, run_stage, show, stands
-from jpo_ray.runs import RunDir, open_run, read_json
+from jpo_ray.runs import RunDir, open_run
 
 STAGES: dict[str, Callable[[Context], list[Spec]]] = {
     "items": item_stage.items_specs,

@@ -10,7 +10,8 @@ from jpo_ray import records
 from jpo_ray.evaluation.alpaca_eval import read_annotations, write_outputs
 from jpo_ray.evaluation.length_control import controlled_win_rates
 from jpo_ray.evaluation.win_rates import win_rate_table
-from jpo_ray.runs import RunDir, output_folder, write_json
+from jpo_ray.files import output_folder, write_json
+from jpo_ray.runs import RunDir
 
 BOOTSTRAP_SAMPLES = 2000
 

@@ -17,8 +17,9 @@ from jpo_ray.errors import InputError
 from jpo_ray.feedback.analysis import CELLS, Judged
 from jpo_ray.feedback.annotators import Comparison
 from jpo_ray.feedback.judge import comparisons_of
+from jpo_ray.files import output_folder
 from jpo_ray.pipeline.judge_files import file_comparisons
-from jpo_ray.runs import RunDir, output_folder
+from jpo_ray.runs import RunDir
 
 
 def analyze(

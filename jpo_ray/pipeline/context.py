@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
+from jpo_ray.artifacts import Manifest, stage_fingerprint
 from jpo_ray.config import RunConfig
 from jpo_ray.errors import InputError
-from jpo_ray.runs import Manifest, RunDir, stage_fingerprint
+from jpo_ray.runs import RunDir
 
 
 class StaleArtifact(InputError):

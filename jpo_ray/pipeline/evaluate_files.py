@@ -15,9 +15,9 @@ from jpo_ray.errors import InputError
 from jpo_ray.evaluation.length_control import controlled_win_rates
 from jpo_ray.evaluation.win_rates import judge_samples, win_rate_table
 from jpo_ray.feedback.judge import judgment_counts
+from jpo_ray.files import output_folder, write_json
 from jpo_ray.pipeline.annotating import open_file_annotator
 from jpo_ray.pipeline.console import progress_bar
-from jpo_ray.runs import output_folder, write_json
 
 BOOTSTRAP_SAMPLES = 2000
 MODEL = "samples"  # where no row names its generator

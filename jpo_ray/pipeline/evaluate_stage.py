@@ -9,12 +9,12 @@ from jpo_ray import records
 from jpo_ray.config import EvaluateConfig, RunConfig
 from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.errors import InputError
+from jpo_ray.files import write_json
 from jpo_ray.pipeline.annotating import annotator_inputs
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec
 from jpo_ray.pipeline.judge_stage import run_annotator
 from jpo_ray.pipeline.model_stages import sft_model
-from jpo_ray.runs import write_json
 
 
 def evaluate_specs(context: Context) -> list[Spec]:

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from jpo_ray import records
+from jpo_ray.artifacts import stage_fingerprint
 from jpo_ray.config import Source
 from jpo_ray.data.items import build_items
 from jpo_ray.data.sources import SourceRows, parse_rows, read_source
 from jpo_ray.errors import InputError
+from jpo_ray.files import file_hashes, hash_file
 from jpo_ray.pipeline.context import Context, Spec
 from jpo_ray.pipeline.pair_stage import embedding_slice, leaking_instructions
-from jpo_ray.runs import file_hashes, hash_file, stage_fingerprint
 
 SANDBOX = "sandbox"
 SANDBOX_ROWS = {"train": 3000, "validation": 300, "test": 500}

@@ -20,9 +20,9 @@ from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Comparison, Verdict, flipped_verdict
 from jpo_ray.feedback.dove import raw_rows
 from jpo_ray.feedback.judge import invalid_reasons, judgment_counts
+from jpo_ray.files import output_folder, write_json
 from jpo_ray.pipeline.annotating import Given, judge_with_bar, judging_estimate, open_file_annotator
 from jpo_ray.pipeline.console import progress_bar
-from jpo_ray.runs import output_folder, write_json
 
 WRITTEN = ("judgments.parquet", "feedback.jsonl", "preferences.jsonl", "trl_preferences.jsonl", "report.json")
 

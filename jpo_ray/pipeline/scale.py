@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jpo_ray import records
+from jpo_ray.artifacts import package_versions
 from jpo_ray.config_experiment import Experiment, Run, is_repetition, shown_settings
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.experiment_results import COLUMNS, Group, Measured, groups_of, write_results
 from jpo_ray.evaluation.win_rates import interval_text
+from jpo_ray.files import output_folder
 from jpo_ray.pipeline import STAGES, run_stages
-from jpo_ray.runs import RunDir, output_folder, package_versions
+from jpo_ray.runs import RunDir
 
 
 def scale(experiment: Experiment, folder: Path, name: str, console: Console) -> None:

@@ -12,8 +12,9 @@ from jpo_ray import records
 from jpo_ray.config import RunConfig
 from jpo_ray.config_file import parse_config
 from jpo_ray.evaluation.win_rates import win_rates
+from jpo_ray.files import write_json
 from jpo_ray.records import content_id, instruction_id, item_id, pair_id
-from jpo_ray.runs import RunDir, write_json
+from jpo_ray.runs import RunDir
 
 TEMPERATURES = (0.001, 0.5, 1.0)
 FRUITS = ["apple", "pear", "plum", "fig", "quince", "cherry", "lemon", "mango", "papaya", "grape"]

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from jpo_ray import records
 from jpo_ray.cli import main
-from jpo_ray.runs import file_hashes, read_json
+from jpo_ray.files import file_hashes, read_json
 
 pytestmark = pytest.mark.ray
 

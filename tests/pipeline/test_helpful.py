@@ -13,7 +13,7 @@ from jpo_ray.config_file import load_config
 from jpo_ray.data.tokens import tokenize
 from jpo_ray.engine.jobs import layout_of
 from jpo_ray.engine.model import load_tokenizer
-from jpo_ray.runs import read_json
+from jpo_ray.files import read_json
 from jpo_ray.sandbox.model import make_tiny_model
 from pipeline.inline import Cluster, run
 

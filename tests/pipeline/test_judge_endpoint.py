@@ -7,8 +7,8 @@ from feedback.serving import endpoint
 
 import jpo_ray
 from jpo_ray.errors import InputError
+from jpo_ray.files import read_json
 from jpo_ray.pipeline import dry_run_judge
-from jpo_ray.runs import read_json
 from pipeline.inline import Cluster, run, small_config
 
 CANARY = "sk-canary-0123456789"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jpo_ray.errors import InputError
-from jpo_ray.runs import read_json
+from jpo_ray.files import read_json
 from pipeline.inline import LIMITS, Cluster, run, small_config
 
 

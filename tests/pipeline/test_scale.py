@@ -14,9 +14,9 @@ from jpo_ray.cluster.trials import run_trials
 from jpo_ray.config import ClusterConfig
 from jpo_ray.config_experiment import load_experiment
 from jpo_ray.errors import InputError
+from jpo_ray.files import read_json
 from jpo_ray.pipeline import run_stages
 from jpo_ray.pipeline.scale import scale
-from jpo_ray.runs import read_json
 from pipeline.inline import JPO, Cluster, install, small_config
 
 

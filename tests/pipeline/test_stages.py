@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 
 from jpo_ray import records
 from jpo_ray.errors import InputError
+from jpo_ray.files import file_hashes, read_json
 from jpo_ray.pipeline.context import Context
-from jpo_ray.runs import RunDir, file_hashes, read_json
+from jpo_ray.runs import RunDir
 from pipeline.conftest import Finished
 from pipeline.inline import DPO, JPO, LIMITS, Cluster, run, small_config
 

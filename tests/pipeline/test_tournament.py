@@ -7,7 +7,7 @@ import pytest
 from jpo_ray import records
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.tournament import TOURNAMENT
-from jpo_ray.runs import read_json
+from jpo_ray.files import read_json
 from pipeline.inline import Cluster, run, small_config
 
 
