@@ -180,6 +180,7 @@ class SampleConfig(Section):
     temperatures: list[NonNegative] = Field(default=[0.001, 0.5, 1.0], min_length=1)
     samples_per_instruction: Count = 1  # of each model at each temperature
     max_new_tokens: Count = 400
+    tensor_parallel_size: Count = 1  # GPUs of one node (without GPUs: cores) that each vLLM engine is split over
     stop: list[Annotated[str, Field(min_length=1)]] = []  # texts that end a response, and are left out of it
     seed: Seed | None = None
     timeout_s: Positive = 900.0  # longest wait for the next response, the engine's start included

@@ -27,7 +27,7 @@ def test_every_shipped_experiment_is_laid_out(path: Path) -> None:
     runs = load_experiment(path, []).runs
     assert all(run.config.evaluate is not None for run in runs)
     assert len({run.name for run in runs}) == len(runs)
-    assert sum(len(run.trained) for run in runs) >= 6
+    assert sum(len(run.trained) for run in runs) >= 3
 
 
 def test_keys_of_entries_multiply_entries_and_others_runs(tmp_path: Path) -> None:

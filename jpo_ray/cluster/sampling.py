@@ -15,7 +15,10 @@ from jpo_ray.evaluation.generation import Generated, Request, SampledModel, Tran
 
 TRANSFORMERS_BATCH = 64
 VLLM_BATCH = 64
-VLLM_CPU_BATCH_TOKENS = 8192
+# Sequences decoded together. vLLM chooses 256 (1,024 on large GPUs) for its own `LLM` class, but 128 for engines that
+# are started in any other way, as Ray Data starts them.
+VLLM_MAX_SEQUENCES = 256
+VLLM_BATCH_TOKENS = 8192
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # On a machine without GPU: no memory beyond this for the key-value cache, no look-ups on the Hub.
 VLLM_CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -60,16 +63,16 @@ def generate(
 def _vllm(
     ray: Any, cluster: ClusterConfig, config: SampleConfig, dtype: str, base: Path, requests: Sequence[Request]
 ) -> Iterator[Generated]:
-    gpu = cluster.gpus_per_worker > 0
-    bundle = {"GPU": 1.0, "CPU": 1.0} if gpu else {"CPU": 1.0}
+    gpu, parts = cluster.gpus_per_worker > 0, config.tensor_parallel_size
+    bundle = {"CPU": float(parts)} | ({"GPU": float(parts)} if gpu else {})
     require_resources(ray, "sample", [bundle] * cluster.num_actors)
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=str(base),
-            engine_kwargs=engine_options(dtype, requests, config.max_new_tokens, gpu),
-            runtime_env={"env_vars": {} if gpu else VLLM_CPU_ENV | _threads(ray, cluster)},
+            engine_kwargs=engine_options(dtype, requests, config.max_new_tokens, gpu, parts),
+            runtime_env={"env_vars": {} if gpu else VLLM_CPU_ENV | _threads(ray, cluster, parts)},
             placement_group_config={"bundles": [bundle]},
             concurrency=cluster.num_actors,
             batch_size=VLLM_BATCH,
@@ -78,6 +81,7 @@ def _vllm(
             tokenize_stage=False,
             detokenize_stage=False,
             log_engine_metrics=False,
+            should_continue_on_error=True,
         ),
         preprocess=lambda row: {
             "tokenized_prompt": row["prompt_ids"],
@@ -94,25 +98,42 @@ def _vllm(
             "text": row["generated_text"],
             "tokens": row["num_generated_tokens"],
         },
+        # Engines may hold every core: these steps would then wait for one for ever.
+        preprocess_map_kwargs={"num_cpus": 0},
+        postprocess_map_kwargs={"num_cpus": 0},
     )
     for row in processor(ray.data.from_items([_row(request) for request in requests])).iter_rows():
-        yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]))
+        if error := row.get("__inference_error__"):
+            yield Generated(int(row["number"]), "", 0, str(error))
+        else:
+            yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]))
 
 
-def _threads(ray: Any, cluster: ClusterConfig) -> dict[str, str]:
-    """An engine may use its node's cores, shared among the engines; Ray would hold it to one."""
-    return {"OMP_NUM_THREADS": str(int(worker_resources(ray, cluster, cluster.num_actors)["CPU"]))}
+def _threads(ray: Any, cluster: ClusterConfig, parts: int) -> dict[str, str]:
+    """An engine may use its node's cores, shared among the engines and their parts; Ray would hold it to one."""
+    each = max(1, int(worker_resources(ray, cluster, cluster.num_actors)["CPU"]) // parts)
+    env = {"OMP_NUM_THREADS": str(each)}
+    if parts > 1:  # vLLM itself would want a memory node (NUMA) for each part
+        cores = [range(part * each, (part + 1) * each) for part in range(parts)]
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(f"{some[0]}-{some[-1]}" for some in cores)
+    return env
 
 
-def engine_options(dtype: str, requests: Sequence[Request], max_new_tokens: int, gpu: bool) -> dict[str, Any]:
+def engine_options(
+    dtype: str, requests: Sequence[Request], max_new_tokens: int, gpu: bool, tensor_parallel_size: int = 1
+) -> dict[str, Any]:
     """vLLM engine arguments for these requests."""
     adapters = {request.model.path: request.model for request in requests if request.model.is_adapter}
     longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
     options: dict[str, Any] = {"dtype": dtype, "max_model_len": longest, "enforce_eager": not gpu}
+    options |= {"max_num_seqs": VLLM_MAX_SEQUENCES, "max_num_batched_tokens": max(VLLM_BATCH_TOKENS, longest)}
     if not gpu:
         # A prompt prefilled in pieces makes vLLM rewind the request's random generator, which CPU generators cannot:
         # the engine dies with "CPU Generator does not use offset".
-        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(VLLM_CPU_BATCH_TOKENS, longest)}
+        options["enable_chunked_prefill"] = False
+    if tensor_parallel_size > 1:
+        # Processes of the engine's own actor, which holds all its resources: Ray's own way starts further actors.
+        options |= {"tensor_parallel_size": tensor_parallel_size, "distributed_executor_backend": "mp"}
     if adapters:
         # One slot more than there are adapters: with equal numbers, rows of the base model that are batched with
         # adapter rows get the last slot's weights, without any error.

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from jpo_ray.evaluation.charts import interval_chart
 from jpo_ray.evaluation.report import render, write_page
-from jpo_ray.evaluation.win_rates import interval_text, win_rates
+from jpo_ray.evaluation.win_rates import interval, interval_text, resampled_mean, win_rates
 from jpo_ray.files import write_json
 
 COLUMNS = ["instruction_id", "model", "temperature", "verdict"]
@@ -52,18 +52,9 @@ def groups_of(measured: Sequence[Measured], resamples: int, seed: int) -> list[G
 
 
 def _group(members: Sequence[Measured], resamples: int, seed: int) -> Group:
-    """Repetitions and temperatures are averaged alike, and resampled by instruction together."""
-    parts: list[pa.Table] = []
-    temperatures: list[tuple[str, float]] = []
-    for each in members:
-        for temperature in sorted(each.judgments["temperature"].unique().to_pylist()):
-            part = each.judgments.filter(pc.equal(each.judgments["temperature"], temperature))
-            columns = {"temperature": np.full(len(part), float(len(parts))), "model": ["all"] * len(part)}
-            kept = {name: part[name] for name in ("instruction_id", "verdict")}
-            parts.append(pa.table(kept | columns))
-            temperatures.append((each.repetition, temperature))
-    found = win_rates(pa.concat_tables(parts), resamples, seed)["models"]["all"]
-    rates = dict(zip(temperatures, (found["win_rate"][repr(float(n))] for n in range(len(parts))), strict=True))
+    parts = _parts(members)
+    found = win_rates(_pooled(parts), resamples, seed)["models"]["all"]
+    rates = {key: found["win_rate"][repr(float(number))] for number, (key, _) in enumerate(parts)}
     repetitions = [_mean([rates[key] for key in rates if key[0] == each.repetition]) for each in members]
     known = [rate for rate in repetitions if rate is not None]
     return Group(
@@ -80,6 +71,42 @@ def _group(members: Sequence[Measured], resamples: int, seed: int) -> Group:
         n=found["n"],
         invalid=found["invalid"],
     )
+
+
+def difference(
+    first: Sequence[Measured], second: Sequence[Measured], resamples: int, seed: int
+) -> tuple[float, list[float | None]]:
+    """Win rate of one group minus another's in points, and its 95 % interval with the same instructions resampled."""
+    if any(len(set(_instructions(some))) != 1 for some in (first, second, [*first, *second])):
+        raise ValueError("the groups were not judged on the same instructions")
+    (one, one_B), (other, other_B) = (
+        resampled_mean(_pooled(_parts(members)), resamples, seed) for members in (first, second)
+    )
+    return one - other, interval(one_B - other_B)
+
+
+def _instructions(members: Sequence[Measured]) -> list[frozenset[str]]:
+    return [frozenset(each.judgments["instruction_id"].to_pylist()) for each in members]
+
+
+def _parts(members: Sequence[Measured]) -> list[tuple[tuple[str, float], pa.Table]]:
+    """Judgments by repetition and temperature."""
+    return [
+        ((each.repetition, temperature), each.judgments.filter(pc.equal(each.judgments["temperature"], temperature)))
+        for each in members
+        for temperature in sorted(each.judgments["temperature"].unique().to_pylist())
+    ]
+
+
+def _pooled(parts: Sequence[tuple[tuple[str, float], pa.Table]]) -> pa.Table:
+    """One model with a "temperature" for each part: repetitions and temperatures count alike, and are resampled by
+    instruction together.
+    """
+    tables = []
+    for number, (_, part) in enumerate(parts):
+        columns = {"temperature": np.full(len(part), float(number)), "model": ["all"] * len(part)}
+        tables.append(pa.table({name: part[name] for name in ("instruction_id", "verdict")} | columns))
+    return pa.concat_tables(tables)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -35,9 +35,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
+    """The answer to a request, or why there is none."""
+
     number: int
     text: str
     tokens: int
+    error: str = ""
 
 
 def effective_temperature(engine: str, temperature: float) -> float:

@@ -104,8 +104,8 @@ def win_rates(judgments: pa.Table, bootstrap_samples: int, seed: int) -> dict[st
         entries[model] = {
             "win_rate": {key: _number(rate) for key, rate in zip(keys, rates_MT[m], strict=True)}
             | {"mean": _number(rates_MT[m].mean())},
-            "ci95": _interval(means_BM[:, m]),
-            "ci95_by_temperature": {key: _interval(rates_BMT[:, m, t]) for t, key in enumerate(keys)},
+            "ci95": interval(means_BM[:, m]),
+            "ci95_by_temperature": {key: interval(rates_BMT[:, m, t]) for t, key in enumerate(keys)},
             "n": counts["wins"] + counts["losses"] + counts["ties"],
             **counts,
             "instructions": int((valid_MIT[m].sum(axis=1) > 0).sum()),
@@ -114,9 +114,32 @@ def win_rates(judgments: pa.Table, bootstrap_samples: int, seed: int) -> dict[st
         if baseline is not None and m != baseline:
             entries[model]["difference_to_sft"] = {
                 "mean": _number(rates_MT[m].mean() - rates_MT[baseline].mean()),
-                "ci95": _interval(means_BM[:, m] - means_BM[:, baseline]),
+                "ci95": interval(means_BM[:, m] - means_BM[:, baseline]),
             }
     return {"models": entries}
+
+
+def resampled_mean(judgments: pa.Table, bootstrap_samples: int, seed: int) -> tuple[float, Array]:
+    """Mean win rate over the temperatures of a single model, percent, and that of every resample, [B].
+
+    Models judged on the same instructions get the same resamples from the same seed, so their values can be paired.
+    """
+    models, _, (wins_MIT, losses_MIT, ties_MIT, _) = _tally(judgments)
+    if len(models) != 1:
+        raise ValueError(f"judgments of {len(models)} models")
+    score_MIT = wins_MIT + ties_MIT / 2
+    valid_MIT = score_MIT + losses_MIT + ties_MIT / 2
+    rates_MT = _rates(np.ones((1, score_MIT.shape[1])), score_MIT, valid_MIT)[0]
+    return float(rates_MT.mean()), _bootstrap(score_MIT, valid_MIT, bootstrap_samples, seed)[:, 0].mean(axis=1)
+
+
+def interval(values_B: Array) -> list[float | None]:
+    """95 % percentile interval of the resamples in which the quantity is defined."""
+    defined = values_B[np.isfinite(values_B)]
+    if not len(defined):
+        return [None, None]
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return [float(low), float(high)]
 
 
 def _tally(judgments: pa.Table) -> tuple[list[str], list[float], Array]:
@@ -165,15 +188,6 @@ def _sums(counts_VIT: Array) -> list[int]:
 
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _interval(values_B: Array) -> list[float | None]:
-    """95 % percentile interval of the resamples in which the quantity is defined."""
-    defined = values_B[np.isfinite(values_B)]
-    if not len(defined):
-        return [None, None]
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return [float(low), float(high)]
 
 
 def win_rate_table(result: Mapping[str, Any]) -> Table:

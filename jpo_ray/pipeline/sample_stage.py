@@ -15,6 +15,7 @@ from jpo_ray.pipeline.context import Context, Spec
 from jpo_ray.pipeline.model_stages import sft_model
 
 ANSWERED = "answered.jsonl"  # what an interrupted build has already
+FAILURES_SHOWN = 20
 
 
 def sample_specs(context: Context) -> list[Spec]:
@@ -28,7 +29,7 @@ def sample_specs(context: Context) -> list[Spec]:
     inputs = {"items": context.standing("items", "items").fingerprint, "sft": sft_model(context)[1]}
     inputs |= {name: context.standing(f"train/{name}", "train").fingerprint for name in names if name != "sft"}
     slice_ = {
-        "sample": config.model_dump(exclude={"timeout_s", "engine", "models"}),
+        "sample": config.model_dump(exclude={"timeout_s", "engine", "models", "tensor_parallel_size"}),
         "models": names,
         "engine": engine,
         "model": context.config.model.model_dump(exclude={"model_name_or_path", "load_in_4bit"}),
@@ -88,7 +89,12 @@ def _sample(context: Context, config: SampleConfig, engine: str, names: list[str
             answers = generate(
                 context.ray(), context.config.cluster, config, engine, context.config.model.dtype, missing
             )
+        failed = 0
         for answer in answers:
+            if answer.error:
+                failed += 1
+                _report_failure(context, requests[answer.number], wanted[answer.number][1], answer.error, failed)
+                continue
             identity, text, _, model, temperature, _ = wanted[answer.number]
             rows[answer.number] = {
                 "instruction_id": identity,
@@ -105,6 +111,11 @@ def _sample(context: Context, config: SampleConfig, engine: str, names: list[str
             answered.write(json.dumps(rows[answer.number]) + "\n")
             answered.flush()
             bar.advance(1)
+    if failed:
+        raise RuntimeError(
+            f"sample: {failed:,} of {len(requests):,} requests failed (see above); the other responses are kept, and "
+            "the same command asks for the missing ones again"
+        )
     if len(rows) != len(requests):
         raise RuntimeError(f"sample: {len(requests)} responses asked for, {len(rows)} came")
     table = [{key: rows[number][key] for key in records.SAMPLES.names} for number in range(len(requests))]
@@ -112,6 +123,18 @@ def _sample(context: Context, config: SampleConfig, engine: str, names: list[str
     (out / ANSWERED).unlink()
     cut = sum(row["finish_reason"] == "length" for row in table)
     return {"samples": len(table), "instructions": len(instructions), "engine": engine, "cut at max_new_tokens": cut}
+
+
+def _report_failure(context: Context, request: Any, instruction: str, error: str, count: int) -> None:
+    """A line for each of the first failures."""
+    if count <= FAILURES_SHOWN:
+        reason = " ".join(error.split())[:200]
+        context.console.print(
+            f"  no response of {request.model.name} at temperature {request.temperature:g} to {instruction[:60]!r}: "
+            f"{reason}", highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    elif count == FAILURES_SHOWN + 1:
+        context.console.print("  further failures are counted only", highlight=False)
 
 
 def _instructions(context: Context, config: SampleConfig) -> dict[str, str]:

@@ -19,11 +19,14 @@ from jpo_ray.pipeline import STAGES, run_stages
 from jpo_ray.runs import RunDir
 
 
-def scale(experiment: Experiment, folder: Path, name: str, console: Console) -> None:
+def scale(
+    experiment: Experiment, folder: Path, name: str, console: Console, others: Sequence[Path] = ()
+) -> list[Measured]:
     """Carry out every run in a folder of its own below `folder`, then write tables, curve and page into it.
 
-    A run takes over what another made from the same input, and goes on where it was stopped; finished ones take
-    seconds. Raises `InputError` for a config without evaluation.
+    A run takes over what another (or one of the run directories `others`) made from the same input, and goes on where
+    it was stopped; finished ones take seconds. Returns what was measured of every model. Raises `InputError` for a
+    config without evaluation.
     """
     for run in experiment.runs:
         if run.config.evaluate is None:
@@ -33,7 +36,7 @@ def scale(experiment: Experiment, folder: Path, name: str, console: Console) -> 
     folders = [folder / run.name for run in experiment.runs]
     for number, (run, path) in enumerate(zip(experiment.runs, folders, strict=True), start=1):
         console.print(f"[bold]run {number} of {len(folders)}: {run.name}[/bold]", highlight=False)
-        run_stages(run.config, path, list(STAGES), console, others=folders[: number - 1])
+        run_stages(run.config, path, list(STAGES), console, others=[*folders[: number - 1], *others])
     measured = [each for run, path in zip(experiment.runs, folders, strict=True) for each in _measured(run, path)]
     first = experiment.runs[0].config
     assert first.evaluate is not None
@@ -44,6 +47,7 @@ def scale(experiment: Experiment, folder: Path, name: str, console: Console) -> 
     write_results(name, groups, varies, experiment.config.within, folder, about | package_versions())
     console.print(groups_table(groups))
     console.print(f"Experiment: {folder / 'index.html'}", highlight=False, soft_wrap=True)
+    return measured
 
 
 def _measured(run: Run, path: Path) -> Iterator[Measured]:

@@ -115,13 +115,31 @@ def test_vllm_mixes_base_and_adapters_in_one_pass(
     drawn = [Request(0, model, prompts[1], 1.0, seed) for model in models.values() for seed in (7, 8, 7)]
     count = len(requests)
     requests += [replace(request, number=count + place) for place, request in enumerate(drawn)]
+    # A row that fails does not end the others: vLLM refuses a token that the model does not have.
+    requests.append(Request(len(requests), models["base"], [10**6], 0.0, 0))
     answers = {answer.number: answer for answer in generate(ray_cluster, CLUSTER, CONFIG, "vllm", "float32", requests)}
     assert sorted(answers) == list(range(len(requests)))
+    assert [number for number, answer in answers.items() if answer.error] == [len(requests) - 1]
+    assert "out of vocabulary" in answers[len(requests) - 1].error
     assert answers_of(requests, [answers[n] for n in range(count)], models) == greedy
-    drawn_texts = [answers[n].text for n in range(count, len(requests))]
+    drawn_texts = [answers[n].text for n in range(count, count + len(drawn))]
     for first, other, again in zip(drawn_texts[::3], drawn_texts[1::3], drawn_texts[2::3], strict=True):
         assert first == again  # the seed decides
         assert first != other
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_an_engine_split_in_two_says_the_same(
+    ray_cluster: Any, models: Models, prompts: list[list[int]], greedy: Texts
+) -> None:
+    requests = greedy_requests(models, prompts)
+    split = CONFIG.model_copy(update={"tensor_parallel_size": 2})
+    answers = list(generate(ray_cluster, CLUSTER, split, "vllm", "float32", requests))
+    assert [answer.error for answer in answers] == [""] * len(requests)
+    assert answers_of(requests, answers, models) == greedy
 
 
 def test_transformers_mixes_base_and_adapters(models: Models, prompts: list[list[int]], greedy: Texts) -> None:
@@ -165,7 +183,12 @@ def test_the_engine_has_one_slot_more_than_adapters(models: Models, prompts: lis
     assert (options["max_loras"], options["max_lora_rank"]) == (3, 8)
     assert (options["max_model_len"], options["enforce_eager"]) == (longest, True)
     alone = engine_options("float32", [r for r in requests if r.model.name == "base"], NEW_TOKENS, gpu=True)
-    assert alone == {"dtype": "float32", "max_model_len": longest, "enforce_eager": False}
+    assert alone == {
+        "dtype": "float32", "max_model_len": longest, "enforce_eager": False, "max_num_seqs": 256,
+        "max_num_batched_tokens": 8192,
+    }  # fmt: skip
+    split = engine_options("float32", requests, NEW_TOKENS, gpu=True, tensor_parallel_size=4)
+    assert (split["tensor_parallel_size"], split["distributed_executor_backend"]) == (4, "mp")
 
 
 def test_ranks_that_vllm_does_not_know_are_rounded_up_or_refused(tmp_path: Path) -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from jpo_ray.evaluation.experiment_results import Measured, groups_of, markdown_table, saturation, write_results
+from jpo_ray.evaluation.experiment_results import (
+    Measured,
+    difference,
+    groups_of,
+    markdown_table,
+    saturation,
+    write_results,
+)
 
 VERDICT = {"w": "a", "l": "b", "t": "tie", "x": "invalid"}
 
@@ -52,6 +59,23 @@ def test_what_has_no_valid_judgment_has_no_rate() -> None:
     (group,) = groups_of([measured("jpo", "0", {0.0: "xx"})], 10, 0)
     assert (group.win_rate, group.repetitions, group.n, group.invalid) == (None, [None], 0, 2)
     assert "| - |" in markdown_table([group])
+
+
+def test_a_difference_pairs_the_instructions() -> None:
+    """Means of 75 and 50 percent; both groups are right on the same instructions, so 25 points stand in each resample
+    but for the share of instruction 3, on which alone they differ.
+    """
+    first = [measured("jpo", seed, {0.0: "wwwl" * 25}) for seed in ("0", "1")]
+    second = [measured("sft", "", {0.0: "wwll" * 25})]
+    points, (low, high) = difference(first, second, 500, 0)
+    assert points == 25.0
+    assert low is not None
+    assert high is not None
+    assert (low, high) == pytest.approx((25 - 8.5, 25 + 8.5), abs=1.5)  # 1.96 sqrt(0.25 * 0.75 / 100) in points
+    same = [measured("jpo", "2", {0.0: "wwwl" * 25, 1.0: "wwwl" * 25})]
+    assert difference(same, first, 500, 0) == (0.0, [0.0, 0.0])
+    with pytest.raises(ValueError, match="not judged on the same instructions"):
+        difference(first, [measured("sft", "", {0.0: "ww"})], 10, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """Sampling: several samples of each instruction, texts that end one, and going on where it was stopped."""
 
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from jpo_ray import records
 from jpo_ray.cluster import sampling
+from jpo_ray.evaluation.generation import Generated
+from jpo_ray.pipeline import run_stages
 from pipeline.inline import Cluster, run, small_config
 
 SAMPLE = {"engine": "transformers", "temperatures": [0.7], "max_new_tokens": 16}
@@ -63,3 +67,24 @@ def test_an_interrupted_build_asks_only_for_what_is_missing(
     assert cluster.calls[-1] == "sample 11 with transformers"  # of 18
     assert len(sampled(run_dir)) == 18
     assert not (run_dir / "sample" / "answered.jsonl").exists()
+
+
+def test_requests_that_fail_are_named_and_asked_again(
+    run_dir: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sampling.generate
+
+    def failing(*arguments: Any) -> Any:
+        for answer in real(*arguments):
+            yield Generated(answer.number, "", 0, "ValueError: no\nroom") if answer.number in (3, 11) else answer
+
+    config, shown = small_config(sample=SAMPLE | {"seed": 6}), io.StringIO()
+    monkeypatch.setattr(sampling, "generate", failing)
+    with pytest.raises(RuntimeError, match=r"2 of 18 requests failed .* the other responses are kept"):
+        run_stages(config, run_dir, ["sample"], Console(file=shown, width=200))
+    assert shown.getvalue().count("ValueError: no room") == 2
+    assert "no response of sft at temperature 0.7 to '" in shown.getvalue()
+    monkeypatch.setattr(sampling, "generate", real)
+    run(config, run_dir, ["sample"])
+    assert cluster.calls[-1] == "sample 2 with transformers"
+    assert len(sampled(run_dir)) == 18
