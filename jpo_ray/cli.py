@@ -44,6 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_analyze(analyze)
     _add_annotate(commands.add_parser("annotate", help="a web page on which people compare"))
+    serve = commands.add_parser("serve", help="an OpenAI-compatible endpoint for a run's models")
+    serve.add_argument("--run-dir", type=Path, help="folder of a run that has trained models")
+    serve.add_argument("--config", type=Path, help="YAML file; see configs/serve/")
+    serve.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: port=8001, replicas=2")
     scaling = commands.add_parser("scale", help="an experiment: runs over a grid, with curves and tables")
     scaling.add_argument("--experiment", type=Path, required=True, help="YAML file; see configs/experiments/")
     scaling.add_argument("--run-dir", type=Path, required=True, help="folder of the experiment's runs")
@@ -135,11 +139,8 @@ def run_command(arguments: argparse.Namespace) -> None:
         _sandbox(arguments)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if arguments.command in ("analyze", "annotate"):
-        _analyze(arguments) if arguments.command == "analyze" else _annotate(arguments)
-        return
-    if arguments.command in ("scale", "alpaca-eval"):
-        _scale(arguments) if arguments.command == "scale" else _alpaca_eval(arguments)
+    if arguments.command in OWN_COMMANDS:
+        OWN_COMMANDS[arguments.command](arguments)
         return
     if arguments.command in ADD_FILES and _works_on_files(arguments):
         return
@@ -198,6 +199,15 @@ def _annotate(arguments: argparse.Namespace) -> None:
     )
 
 
+def _serve(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from jpo_ray.config_serve import load_serve_config
+    from jpo_ray.serving.run import serve_run
+
+    serve_run(load_serve_config(arguments.config, arguments.overrides, arguments.run_dir), Console())
+
+
 def _scale(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -220,6 +230,15 @@ def _alpaca_eval(arguments: argparse.Namespace) -> None:
         export_outputs(arguments.run_dir, arguments.out, Console())
     else:
         import_annotations(arguments.run_dir, arguments.annotations, arguments.out, Console())
+
+
+OWN_COMMANDS = {
+    "analyze": _analyze,
+    "annotate": _annotate,
+    "serve": _serve,
+    "scale": _scale,
+    "alpaca-eval": _alpaca_eval,
+}
 
 
 def _works_on_files(arguments: argparse.Namespace) -> bool:

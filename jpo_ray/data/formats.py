@@ -179,15 +179,24 @@ def _messages(values: dict[str, Any], name: str, where: str) -> list[Item]:
 
 def _item(messages: list[Item], name: str, where: str) -> Item:
     """Instruction and response of a conversation."""
-    messages = [(role, content) for role, content in messages if role != "system" or content.strip()]
+    messages = _spoken(messages)
     last = max((index for index, (role, _) in enumerate(messages) if role == "assistant"), default=0)
     if last == 0:
         raise BadRow(where, f"bad `{name}`", f"`{name}` has no assistant message that answers another one")
     before, response = messages[:last], messages[last][1]
-    lone = len(before) == 1 and before[0][0] == "user"
-    instruction = before[0][1] if lone else "\n\n".join(f"{role}: {content}" for role, content in before)
-    both = {f"{name} instruction": instruction, f"{name} response": response}
+    both = {f"{name} instruction": instruction_of(before), f"{name} response": response}
     return _text(both, f"{name} instruction", where), _text(both, f"{name} response", where)
+
+
+def instruction_of(messages: list[Item]) -> str:
+    """The instruction that a conversation of (role, content) is, up to the answer that is wanted."""
+    spoken = _spoken(messages)
+    lone = len(spoken) == 1 and spoken[0][0] == "user"
+    return spoken[0][1] if lone else "\n\n".join(f"{role}: {content}" for role, content in spoken)
+
+
+def _spoken(messages: list[Item]) -> list[Item]:
+    return [(role, content) for role, content in messages if role != "system" or content.strip()]
 
 
 def _text(values: dict[str, Any], name: str, where: str) -> str:

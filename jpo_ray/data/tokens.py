@@ -87,7 +87,12 @@ def prompt_texts(tokenizer: Any, layout: Layout, instructions: Sequence[str]) ->
 
 def prompt_ids(tokenizer: Any, layout: Layout, instructions: Sequence[str]) -> list[list[int]]:
     """BOS and instruction part of each instruction, untruncated."""
-    ids = _encode(tokenizer, prompt_texts(tokenizer, layout, instructions))
+    return raw_ids(tokenizer, prompt_texts(tokenizer, layout, instructions))
+
+
+def raw_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """BOS and the tokens of each text as it stands, without any layout."""
+    ids = _encode(tokenizer, texts)
     bos = tokenizer.bos_token_id
     if bos is None:
         return ids

@@ -1,0 +1,95 @@
+"""Whether a folder holds a LoRA adapter of the served base: all of it checked before an engine reads any of it.
+
+Engines are no judges of that: one took weights of rank 4 under a config of rank 2 without a word.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jpo_ray.files import read_json
+from jpo_ray.serving.models import ADAPTER_CONFIG
+
+WEIGHTS = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1_000_000
+PEFT_PREFIX = "base_model.model."
+REFUSED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
+
+Shapes = Mapping[str, tuple[int, ...]]  # of a model's tensors, by name
+
+
+class AdapterError(ValueError):
+    """An adapter that is not taken; the message is for whoever offered it."""
+
+    def __init__(self, message: str, status: int = 422) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def base_shapes(folder: Path) -> Shapes:
+    """Shapes of a model's tensors, from the headers of its files."""
+    index = folder / "model.safetensors.index.json"
+    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return {key: shape for name in sorted(names) for key, shape in _shapes(folder / name).items()}
+
+
+def check_adapter(folder: Path, base: Shapes, max_rank: int) -> int:
+    """The rank of the LoRA adapter in `folder`. Raises `AdapterError` for anything else, pickled weights above all."""
+    config, weights = folder / ADAPTER_CONFIG, folder / WEIGHTS
+    if not config.is_file():
+        raise AdapterError(f"{folder.name}: holds no {ADAPTER_CONFIG}")
+    if not weights.is_file():
+        raise AdapterError(f"{folder.name}: holds no {WEIGHTS}; pickled weights are not loaded")
+    if config.stat().st_size > MAX_CONFIG_BYTES:
+        raise AdapterError(f"{folder.name}: {ADAPTER_CONFIG} is larger than {MAX_CONFIG_BYTES} bytes")
+    rank, transposed = _check_config(config, folder.name)
+    if rank > max_rank:
+        raise AdapterError(f"{folder.name}: rank {rank}, and max_lora_rank is {max_rank}")
+    try:
+        shapes = _shapes(weights)
+    except Exception as error:  # the format's own error is not an OSError, and headers may be anything
+        raise AdapterError(f"{folder.name}: {WEIGHTS} is not in the safetensors format") from error
+    _check_shapes(shapes, base, rank, folder.name, transposed=transposed)
+    return rank
+
+
+def _check_config(path: Path, name: str) -> tuple[int, bool]:
+    """Rank, and whether the base's matrices are transposed."""
+    no_lora = AdapterError(f"{name}: {ADAPTER_CONFIG} is not that of a LoRA adapter")
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        rank, kind = fields["r"], fields["peft_type"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise no_lora from error
+    if kind != "LORA" or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise no_lora
+    for key in REFUSED:
+        if fields.get(key):
+            raise AdapterError(f"{name}: {key} is not served")
+    if fields.get("bias", "none") != "none":
+        raise AdapterError(f"{name}: biases are not served")
+    return rank, bool(fields.get("fan_in_fan_out"))
+
+
+def _check_shapes(shapes: Shapes, base: Shapes, rank: int, name: str, *, transposed: bool) -> None:
+    """Every tensor must be half of an update of a matrix that the base has, and none may lack its other half."""
+    halves: dict[str, set[str]] = {}
+    for key, shape in shapes.items():
+        module, _, half = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        matrix = base.get(f"{module}.weight")
+        if half not in ("A.weight", "B.weight") or matrix is None or len(matrix) != 2:
+            raise AdapterError(f"{name}: {key[:100]} is no LoRA weight of this base")
+        outputs, inputs = reversed(matrix) if transposed else matrix
+        if shape != ((rank, inputs) if half == "A.weight" else (outputs, rank)):
+            raise AdapterError(f"{name}: {key[:100]} has the shape {list(shape)}, which does not fit base and rank")
+        halves.setdefault(module, set()).add(half)
+    if not halves or any(len(found) != 2 for found in halves.values()):
+        raise AdapterError(f"{name}: {WEIGHTS} is not complete")
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118

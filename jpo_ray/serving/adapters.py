@@ -1,0 +1,138 @@
+"""The adapters of a server: copies in its own folder, and a list that all its replicas read.
+
+An adapter is copied (its two files, nothing else) under its hash, so that what was checked is what is served, on every
+replica and after any restart, whatever becomes of the folder that it came from. The list is one small file, replaced
+whole; a replica looks whether it changed before it answers.
+"""
+
+import fcntl
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jpo_ray.config_base import NAME_PATTERN
+from jpo_ray.files import file_hashes, hash_file, read_json, write_json
+from jpo_ray.serving.adapter_checks import WEIGHTS, AdapterError, Shapes, check_adapter
+from jpo_ray.serving.models import ADAPTER_CONFIG, Adapter, beta_beside
+
+LIST = "adapters.json"
+NAME = re.compile(NAME_PATTERN)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An adapter on the list."""
+
+    name: str
+    folder: str  # the server's copy
+    rank: int
+    beta: float
+    source: str
+
+
+class AdapterStore:
+    """The list on disk. Every replica has one of its own, on the same folder."""
+
+    def __init__(self, root: Path, shapes: Shapes, *, max_adapters: int, max_rank: int, beta: float) -> None:
+        self.root = root
+        self._shapes, self._max_adapters, self._max_rank, self._beta = shapes, max_adapters, max_rank, beta
+        self._stamp: tuple[int, int] | None = None
+        self._known: dict[str, Listed] = {}
+
+    def begin(self, adapters: Sequence[Adapter]) -> dict[str, Listed]:
+        """Start with these and no others. Raises `AdapterError` for one that cannot be served."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        if len(adapters) > self._max_adapters:
+            raise AdapterError(f"{len(adapters)} adapters, and max_adapters is {self._max_adapters}; raise it")
+        listed = {adapter.name: self._copied(adapter) for adapter in adapters}
+        with self._locked():
+            self._write(listed)
+        kept = {Path(entry.folder).name for entry in listed.values()}
+        for folder in (self.root / "adapters").glob("*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)  # of a server before this one
+        return listed
+
+    def listed(self) -> dict[str, Listed]:
+        """The adapters now, by name: read again where the list was replaced."""
+        stat = (self.root / LIST).stat()
+        stamp = (stat.st_mtime_ns, stat.st_ino)
+        if stamp != self._stamp:
+            content = read_json(self.root / LIST)
+            self._known = {name: Listed(**fields) for name, fields in content.items()}
+            self._stamp = stamp
+        return self._known
+
+    def prepare(self, name: str, folder: str, allowed: Sequence[Path]) -> Listed:
+        """Check and copy an adapter that is to be added. Raises `AdapterError`."""
+        if not NAME.fullmatch(name):
+            raise AdapterError("name: up to 64 letters, digits, and . _ - after the first of them")
+        return self._copied(Adapter(name, _inside(folder, allowed), None))
+
+    def add(self, entry: Listed) -> None:
+        """Put a prepared adapter on the list. Raises `AdapterError` where the name is taken or the list is full."""
+        with self._locked():
+            now = dict(self.listed())
+            if entry.name in now:
+                raise AdapterError(f"there is an adapter `{entry.name}` already; remove it first", 409)
+            if len(now) >= self._max_adapters:
+                raise AdapterError(f"{self._max_adapters} adapters are served already; remove one first", 409)
+            self._write(now | {entry.name: entry})
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off the list. Raises `AdapterError` where there is none of that name."""
+        with self._locked():
+            now = dict(self.listed())
+            if name not in now:
+                raise AdapterError("there is no adapter of that name", 404)
+            del now[name]
+            self._write(now)
+
+    def _copied(self, adapter: Adapter) -> Listed:
+        rank = check_adapter(adapter.folder, self._shapes, self._max_rank)
+        beta = adapter.beta or beta_beside(adapter.folder) or self._beta
+        digest = hash_file(adapter.folder / WEIGHTS)[:16] + hash_file(adapter.folder / ADAPTER_CONFIG)[:8]
+        target = self.root / "adapters" / f"{adapter.name}-{digest}"
+        if not target.is_dir():
+            building = target.with_name(f".{secrets.token_hex(8)}")
+            building.mkdir(parents=True)
+            for file in (ADAPTER_CONFIG, WEIGHTS):
+                shutil.copyfile(adapter.folder / file, building / file)
+            check_adapter(building, self._shapes, self._max_rank)  # what is served is what was checked
+            try:
+                building.rename(target)
+            except OSError:  # another replica was quicker
+                shutil.rmtree(building)
+        assert set(file_hashes(target)) == {ADAPTER_CONFIG, WEIGHTS}
+        return Listed(adapter.name, str(target), rank, beta, str(adapter.folder))
+
+    def _write(self, listed: dict[str, Listed]) -> None:
+        write_json(self.root / LIST, {name: asdict(entry) for name, entry in listed.items()})
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.root / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _inside(folder: str, allowed: Sequence[Path]) -> Path:
+    """The real path of a folder within an allowed one. The reply does not tell what exists elsewhere."""
+    refusal = AdapterError("folder: not within a folder that adapters may come from", 403)
+    if "\0" in folder or len(folder) > 4096:
+        raise refusal
+    for root in allowed:
+        try:
+            real = (root / folder).resolve(strict=True)
+        except (OSError, RuntimeError, ValueError):
+            continue
+        inside = real != root.resolve() and real.is_relative_to(root.resolve())
+        if inside and real.is_dir():
+            if any((real / file).is_symlink() for file in (ADAPTER_CONFIG, WEIGHTS)):
+                raise refusal
+            return real
+    raise refusal

@@ -1,0 +1,155 @@
+"""Which models a run directory offers: the SFT model, adapters on it, and whole models."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jpo_ray.artifacts import Manifest
+from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.config_serve import ServeConfig
+from jpo_ray.data.tokens import Layout
+from jpo_ray.errors import InputError
+from jpo_ray.files import read_json
+from jpo_ray.runs import RunDir
+
+BASE = "sft"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it lies somewhere."""
+
+    name: str
+    folder: Path
+    beta: float | None  # of its training; None where it came without a manifest
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What can be served, and what is odd about it."""
+
+    base: Path
+    layout: Layout
+    dtype: str
+    adapters: list[Adapter]
+    full: list[Adapter]  # whole models
+    warnings: list[str]
+
+
+def find_models(config: ServeConfig) -> Offer:
+    """The models that `config` names. Raises `InputError` where one of them is not there."""
+    if config.run_dir is None:
+        raise InputError("serve: name the run whose models are to be served (--run-dir DIR)")
+    run = RunDir(Path(config.run_dir).expanduser())
+    trained = _trained(run)
+    wanted = _wanted(config, run, trained)
+    manifests = {name: manifest for name, manifest in trained.items() if name in wanted}
+    model = _model_section(run, trained)
+    base = _base_folder(run, [*manifests, *trained])
+    found = [_entry(run, name, manifest) for name, manifest in manifests.items()]
+    more = [
+        Adapter(name, Path(folder).expanduser(), beta_beside(Path(folder))) for name, folder in config.adapters.items()
+    ]
+    if taken := {entry.name for entry in found} & {entry.name for entry in more}:
+        raise InputError(f"adapters.{min(taken)}: the run has a model of that name; choose another")
+    adapters = [entry for entry in found if is_adapter(entry.folder)] + more
+    return Offer(
+        base=base.resolve(),
+        layout=Layout(model.template, model.response_prefix, model.max_length),
+        dtype=model.dtype,
+        adapters=adapters,
+        full=[entry for entry in found if not is_adapter(entry.folder)],
+        warnings=_of_run(run, manifests, model.dtype)
+        + [warning for entry in more for warning in adapter_warnings(entry.name, entry.folder, base, model.dtype)],
+    )
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).exists()
+
+
+def beta_beside(folder: Path) -> float | None:
+    """The beta that an adapter was trained with, from the manifest beside it."""
+    try:
+        beta = read_json(folder / "manifest.json")["config"]["train"]["beta"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(beta) if isinstance(beta, int | float) and not isinstance(beta, bool) and beta > 0 else None
+
+
+def adapter_warnings(name: str, folder: Path, base: Path, dtype: str) -> list[str]:
+    """What is odd about an adapter from elsewhere: another base than its own, or one that was quantised."""
+    found = []
+    try:
+        own = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    except (OSError, ValueError, AttributeError):
+        own = ""
+    if own and Path(own).resolve() != base.resolve():
+        found.append(f"{name} was trained on another base ({own}) than the one that it is served on ({base})")
+    try:
+        model = read_json(folder / "manifest.json")["config"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        model = {}
+    return found + _quantised(name, model, dtype)
+
+
+def _quantised(name: str, model: Any, dtype: str) -> list[str]:
+    if not isinstance(model, dict) or not model.get("load_in_4bit"):
+        return []
+    return [f"{name} was trained on a 4-bit base and is served on one in {dtype}: its answers differ a little"]
+
+
+def _of_run(run: RunDir, manifests: dict[str, Manifest], dtype: str) -> list[str]:
+    """The same of the run's own models."""
+    sft = run.manifest("sft")
+    found = []
+    for name, manifest in manifests.items():
+        if sft is not None and manifest.inputs.get("sft") != sft.fingerprint:
+            found.append(f"{name} was trained on another SFT model than the one that stands in the run now")
+        found += _quantised(name, manifest.config.get("model"), dtype)
+    return found
+
+
+def _trained(run: RunDir) -> dict[str, Manifest]:
+    """Every model of the run's `train` stage, by name."""
+    if not run.root.is_dir():
+        raise InputError(f"--run-dir {run.root}: no such folder")
+    folders = sorted(path for path in (run.root / "train").glob("*") if path.is_dir())
+    manifests = {path.name: run.manifest(f"train/{path.name}") for path in folders}
+    return {name: manifest for name, manifest in manifests.items() if manifest is not None}
+
+
+def _wanted(config: ServeConfig, run: RunDir, trained: Iterable[str]) -> list[str]:
+    names = [BASE, *trained]
+    for name in config.models or []:
+        if name not in names:
+            raise InputError(f"models: {run.root} has no model `{name}`; there are {', '.join(names)}")
+    return config.models or names
+
+
+def _model_section(run: RunDir, trained: dict[str, Manifest]) -> BaseModelConfig:
+    """How texts are laid out, as the run's models learned it."""
+    manifests = [manifest for manifest in (run.manifest("sft"), *trained.values()) if manifest is not None]
+    if not manifests:
+        raise InputError(f"{run.root}: no `sft` yet; run `jpo sft` first (or `jpo run` for all of it)")
+    sections = [manifest.config.get("model") or {} for manifest in manifests]
+    # load_in_4bit shapes training alone; a model is served in its dtype
+    return BaseModelConfig(model_name_or_path="", **{k: v for k, v in sections[0].items() if k != "load_in_4bit"})
+
+
+def _base_folder(run: RunDir, trained: Iterable[str]) -> Path:
+    """The SFT model's folder; where the run has none, the base that its adapters name."""
+    if run.manifest("sft") is not None:
+        return run.path("sft")
+    for name in trained:
+        config = run.path(f"train/{name}") / ADAPTER_CONFIG
+        if config.exists():
+            return Path(str(read_json(config)["base_model_name_or_path"]))
+    raise InputError(f"{run.root}: neither an `sft` model nor an adapter that names its base; run `jpo sft` first")
+
+
+def _entry(run: RunDir, name: str, manifest: Manifest) -> Adapter:
+    beta = manifest.config.get("train", {}).get("beta", TrainConfig().beta)
+    return Adapter(name, run.path(f"train/{name}").resolve(), float(beta))

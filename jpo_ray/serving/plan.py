@@ -1,0 +1,134 @@
+"""What is deployed: from a config and the models it names to the engines, all checked before anything starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jpo_ray.cluster.sampling import VLLM_BATCH_TOKENS, VLLM_CPU_ENV, VLLM_LORA_RANKS, require_vllm
+from jpo_ray.config_serve import ServeConfig
+from jpo_ray.data.tokens import Layout
+from jpo_ray.errors import InputError
+from jpo_ray.serving.adapter_checks import AdapterError, base_shapes
+from jpo_ray.serving.adapters import AdapterStore, Listed
+from jpo_ray.serving.models import BASE, Offer, find_models
+
+LONGEST_DEFAULT = 4096  # tokens, where neither config nor model says less
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One base model and its engine."""
+
+    name: str
+    folder: str
+    beta: float | None  # of a whole model that preferences trained
+    takes_adapters: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that replicas need to know. The first engine is the front: it has the HTTP routes."""
+
+    engines: list[EnginePlan]
+    base: str  # folder of the SFT model: the reference of all others
+    layout: Layout
+    dtype: str
+    max_model_len: int
+    max_adapters: int
+    max_rank: int
+    state_dir: str
+    adapter_folders: list[str]
+    adapters: list[Listed]
+    keys_required: bool
+    warnings: list[str]
+
+    def store(self, beta: float) -> AdapterStore:
+        shapes = base_shapes(Path(self.base))
+        return AdapterStore(
+            Path(self.state_dir), shapes, max_adapters=self.max_adapters, max_rank=self.max_rank, beta=beta
+        )
+
+
+def make_plan(config: ServeConfig, *, keys_required: bool) -> Plan:
+    """Find and check all models, copy the adapters. Raises `InputError`."""
+    require_vllm("serve")
+    offer = find_models(config)
+    engines = [EnginePlan(BASE, str(offer.base), None, takes_adapters=True)]
+    engines += [EnginePlan(entry.name, str(entry.folder), entry.beta, takes_adapters=False) for entry in offer.full]
+    max_model_len = _max_model_len(config, offer)
+    state = Path(config.state_dir or Path(config.run_dir or ".") / "serving").expanduser().resolve()
+    beta = config.scoring.beta if config.scoring else 0.1
+    shapes = base_shapes(offer.base)
+    store = AdapterStore(state, shapes, max_adapters=config.max_adapters, max_rank=VLLM_LORA_RANKS[-1], beta=beta)
+    try:
+        listed = store.begin(offer.adapters)
+    except AdapterError as error:
+        raise InputError(f"adapters: {error}") from error
+    except OSError as error:
+        raise InputError(f"state_dir {state}: cannot be written ({error.strerror}); set state_dir") from error
+    run_folders = [str((Path(config.run_dir).expanduser() / "train").resolve())] if config.run_dir else []
+    return Plan(
+        engines=engines,
+        base=str(offer.base),
+        layout=offer.layout,
+        dtype=offer.dtype,
+        max_model_len=max_model_len,
+        max_adapters=config.max_adapters,
+        max_rank=_rank([config.max_lora_rank, *(entry.rank for entry in listed.values())]),
+        state_dir=str(state),
+        adapter_folders=[*run_folders, *(str(Path(f).expanduser().resolve()) for f in config.adapter_folders)],
+        adapters=list(listed.values()),
+        keys_required=keys_required,
+        warnings=offer.warnings,
+    )
+
+
+def engine_options(plan: Plan, config: ServeConfig, engine: EnginePlan) -> dict[str, Any]:
+    """vLLM's arguments for an engine."""
+    gpu = config.gpus_per_replica > 0
+    options: dict[str, Any] = {
+        "dtype": plan.dtype,
+        "max_model_len": plan.max_model_len,
+        "enforce_eager": not gpu,
+        "tensor_parallel_size": config.tensor_parallel_size,
+    }
+    if config.max_num_seqs is not None:
+        options["max_num_seqs"] = config.max_num_seqs
+    if not gpu:  # prompts prefilled in pieces would end a CPU engine that draws with seeds
+        batch = max(VLLM_BATCH_TOKENS, plan.max_model_len)
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": batch}
+    if engine.takes_adapters:
+        slots = plan.max_adapters + 1  # one stays empty: see loaded.py
+        options |= {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": plan.max_rank}
+    return options
+
+
+def engine_environment(config: ServeConfig, cores: int) -> dict[str, str]:
+    """Environment of an engine's processes."""
+    if config.gpus_per_replica > 0:
+        return {}
+    return VLLM_CPU_ENV | {"OMP_NUM_THREADS": str(max(1, cores))}
+
+
+def _rank(ranks: list[int]) -> int:
+    """The least rank of vLLM's that holds all of these."""
+    fitting = next((rank for rank in VLLM_LORA_RANKS if rank >= max(ranks)), None)
+    if fitting is None:
+        raise InputError(f"max_lora_rank: {max(ranks)}, and vLLM serves at most {VLLM_LORA_RANKS[-1]}")
+    return fitting
+
+
+def _max_model_len(config: ServeConfig, offer: Offer) -> int:
+    """Tokens of prompt and answer together."""
+    from transformers import AutoConfig
+
+    from jpo_ray.engine.model import resolve_model
+
+    for folder in (offer.base, *(entry.folder for entry in offer.full)):
+        resolve_model(str(folder), "serve")
+    most = getattr(AutoConfig.from_pretrained(offer.base).get_text_config(), "max_position_embeddings", None)
+    if config.max_model_len is not None:
+        if most and config.max_model_len > most:
+            raise InputError(f"max_model_len: {config.max_model_len}, and the model takes {most}")
+        return config.max_model_len
+    return min(most or LONGEST_DEFAULT, LONGEST_DEFAULT)

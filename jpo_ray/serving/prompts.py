@@ -1,0 +1,41 @@
+"""From a request to the token ids that the engine is given: those of training."""
+
+from typing import Any
+
+from jpo_ray.data.tokens import Layout, prompt_ids, raw_ids
+from jpo_ray.serving.bodies import BodyError, ChatBody, CompletionBody
+
+
+class Prompts:
+    """Lays requests out as the served models learned it."""
+
+    def __init__(self, tokenizer: Any, layout: Layout, max_model_len: int) -> None:
+        self._tokenizer, self._layout, self._max_model_len = tokenizer, layout, max_model_len
+        self._vocabulary = len(tokenizer)
+
+    def of_chat(self, body: ChatBody) -> list[int]:
+        """Ids of a conversation under the training template. Raises `BodyError` where it is too long."""
+        ids = prompt_ids(self._tokenizer, self._layout, [body.instruction()])[0]
+        self._require_room(ids, "messages")
+        return ids
+
+    def of_completion(self, body: CompletionBody) -> list[list[int]]:
+        """Ids of each prompt as it stands, after BOS. Raises `BodyError` where one is too long or no token."""
+        prompts = body.prompts()
+        ids = [raw_ids(self._tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt for prompt in prompts]
+        for row in ids:
+            if max(row, default=0) >= self._vocabulary:
+                raise BodyError(f"prompt: token {max(row)}, and the vocabulary has {self._vocabulary}", "prompt")
+            self._require_room(row, "prompt")
+        return ids
+
+    def room(self, prompts: list[list[int]], asked: int, *, wanted: bool) -> int:
+        """Tokens of answer to give: those asked for. Raises `BodyError` where they are `wanted` and do not fit."""
+        left = self._max_model_len - max(map(len, prompts))
+        if wanted and asked > left:
+            raise BodyError(f"max_tokens: {asked}, and after this prompt the model takes {left}", "max_tokens")
+        return min(asked, left)
+
+    def _require_room(self, ids: list[int], field: str) -> None:
+        if len(ids) >= self._max_model_len:
+            raise BodyError(f"{field}: {len(ids)} tokens, and the model takes fewer than {self._max_model_len}", field)

@@ -1,0 +1,98 @@
+"""`jpo serve`: start the endpoint, wait until it is told to stop, and let streams finish."""
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any
+
+from rich.console import Console
+
+from jpo_ray.config import ClusterConfig
+from jpo_ray.config_serve import ServeConfig
+from jpo_ray.errors import InputError
+from jpo_ray.serving.keys import read_keys, require_keys
+from jpo_ray.serving.plan import Plan, make_plan
+
+
+def serve_run(config: ServeConfig, console: Console) -> None:
+    """Serve until SIGINT or SIGTERM. Must be called in the main thread. Raises `InputError`."""
+    keys = read_keys(config)
+    require_keys(config, keys)
+    port = _free_port(config)
+    plan = make_plan(config, keys_required=bool(keys))
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    from jpo_ray.cluster.session import ray_session
+
+    with ray_session(ClusterConfig(address=config.address)) as ray, _signals_interrupt():
+        try:
+            _start(ray, plan, config, port)
+            _announce(plan, config, port, len(keys), console)
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            console.print(f"  metrics: http://{nodes[0]['NodeManagerAddress']}:{nodes[0]['MetricsExportPort']}/metrics")
+            console.print("Ctrl-C stops", highlight=False)
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
+            console.print("stopping: answers under way are finished first")
+        finally:
+            _stop()
+
+
+def _start(ray: Any, plan: Plan, config: ServeConfig, port: int) -> None:
+    from ray import serve
+
+    from jpo_ray.cluster.session import require_resources
+    from jpo_ray.serving.application import APPLICATION, build_application, bundles, cores_for_each
+
+    require_resources(ray, "serve", bundles(plan, config))
+    serve.start(http_options={"host": config.host, "port": port, "location": "EveryNode"})
+    application = build_application(plan, config, cores_for_each(config))
+    serve.run(application, name=APPLICATION, route_prefix="/")
+
+
+def _stop() -> None:
+    """Replicas finish what they have; then proxies and controller end."""
+    from ray import serve
+
+    from jpo_ray.serving.application import APPLICATION
+
+    serve.delete(APPLICATION)
+    serve.shutdown()
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM acts like Ctrl-C. Ray sets a handler of its own when it starts, so this comes after."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _free_port(config: ServeConfig) -> int:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((config.host, config.port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise InputError(f"host {config.host} port {config.port}: cannot listen there ({error.strerror})") from error
+
+
+def _announce(plan: Plan, config: ServeConfig, port: int, keys: int, console: Console) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    names = [engine.name for engine in plan.engines] + [entry.name for entry in plan.adapters]
+    guarded = f"{keys} API key{'s' if keys > 1 else ''}" if keys else "no API keys: this machine alone is answered"
+    say = [
+        f"serving {', '.join(names)}",
+        f"  http://{host}:{port}/v1  for OpenAI clients ({guarded})",
+        f"  http://{host}:{port}/    to compare two models in a browser",
+    ]
+    if not config.loopback:
+        say.append("plain http: put TLS in front for more than a trusted network")
+    for line in say:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

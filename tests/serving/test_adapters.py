@@ -1,0 +1,214 @@
+"""Adapters are checked and copied; a running server takes and gives them up."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from jpo_ray.serving.adapter_checks import WEIGHTS, AdapterError, Shapes, base_shapes, check_adapter
+from jpo_ray.serving.adapters import ADAPTER_CONFIG, AdapterStore
+from jpo_ray.serving.models import Adapter
+from serving.endpoint import Endpoint
+from serving.served_run import make_adapter
+from serving.traversal import TRAVERSALS
+
+STORE = "store"
+
+
+class Pickled:
+    """Weights that would run code where they are loaded as a pickle."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("/tmp/jpo-pickle-was-run"),))
+
+
+def pickled_adapters(good: Path, root: Path) -> list[Path]:
+    """Ten adapters whose weights are pickles, under all the names that weights may have."""
+    made = []
+    names = ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin", "adapter_model.pkl", "model.pth"]
+    for number in range(10):
+        folder = root / f"pickled{number}"
+        folder.mkdir(parents=True)
+        shutil.copyfile(good / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+        name = names[number] if number < len(names) else WEIGHTS
+        padding = b"" if number < 8 else (8).to_bytes(8, "little") + b"{}      "
+        (folder / name).write_bytes(padding + pickle.dumps(Pickled()))
+        made.append(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def good(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("adapters") / STORE / "good", llama, seed=1)
+
+
+@pytest.fixture
+def shapes(llama: Path) -> Shapes:
+    return base_shapes(llama)
+
+
+@pytest.fixture
+def store(tmp_path: Path, shapes: Shapes) -> AdapterStore:
+    made = AdapterStore(tmp_path / "state", shapes, max_adapters=2, max_rank=8, beta=0.3)
+    made.begin([])
+    return made
+
+
+def test_an_adapter_is_copied_and_listed(good: Path, store: AdapterStore) -> None:
+    (good / "optimizer.pt").write_bytes(b"not to be copied")
+    entry = store.prepare("mine", "good", [good.parent])
+    assert (entry.rank, entry.beta, entry.source) == (4, 0.3, str(good))
+    assert sorted(path.name for path in Path(entry.folder).iterdir()) == [ADAPTER_CONFIG, WEIGHTS]
+    assert store.listed() == {}
+    store.add(entry)
+    other = AdapterStore(store.root, {}, max_adapters=2, max_rank=8, beta=0.1)
+    assert other.listed() == {"mine": entry}
+    other.remove("mine")
+    assert store.listed() == {}
+    with pytest.raises(AdapterError, match="no adapter of that name"):
+        store.remove("mine")
+
+
+def test_names_and_room(good: Path, store: AdapterStore) -> None:
+    first = store.prepare("first", "good", [good.parent])
+    store.add(first)
+    with pytest.raises(AdapterError, match="there is an adapter `first` already") as error:
+        store.add(first)
+    assert error.value.status == 409
+    store.add(store.prepare("second", "good", [good.parent]))
+    with pytest.raises(AdapterError, match="2 adapters are served already"):
+        store.add(store.prepare("third", "good", [good.parent]))
+    with pytest.raises(AdapterError, match="3 adapters, and max_adapters is 2"):
+        store.begin([Adapter(name, good, None) for name in ("a", "b", "c")])
+
+
+def test_beta_is_that_of_the_training(good: Path, store: AdapterStore, tmp_path: Path) -> None:
+    trained = shutil.copytree(good, tmp_path / "trained")
+    (trained / "manifest.json").write_text(json.dumps({"config": {"train": {"beta": 0.7}}}))
+    assert store.prepare("a", "trained", [tmp_path]).beta == 0.7
+    (trained / "manifest.json").write_text(json.dumps({"config": {"train": {"beta": -1}}}))
+    assert store.prepare("a", "trained", [tmp_path]).beta == 0.3
+
+
+@pytest.mark.parametrize("folder", TRAVERSALS)
+def test_folders_elsewhere_are_refused(good: Path, store: AdapterStore, folder: str) -> None:
+    with pytest.raises(AdapterError, match="not within a folder that adapters may come from") as error:
+        store.prepare("mine", folder, [good.parent])
+    assert error.value.status == 403
+
+
+def test_links_out_of_the_folder_are_refused(good: Path, store: AdapterStore, tmp_path: Path) -> None:
+    allowed = tmp_path / "allowed"
+    (allowed / "linked").mkdir(parents=True)
+    (allowed / "out").symlink_to(good)
+    (allowed / "linked" / ADAPTER_CONFIG).symlink_to(good / ADAPTER_CONFIG)
+    (allowed / "linked" / WEIGHTS).symlink_to(good / WEIGHTS)
+    for folder in ("out", "linked"):
+        with pytest.raises(AdapterError, match="not within"):
+            store.prepare("mine", folder, [allowed])
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "-x", "a b", "x" * 65, "a\n", "ä", "a:b"])
+def test_names_that_are_none(good: Path, store: AdapterStore, name: str) -> None:
+    with pytest.raises(AdapterError, match="name: "):
+        store.prepare(name, "good", [good.parent])
+
+
+def test_pickles_are_not_weights(good: Path, shapes: Shapes, tmp_path: Path) -> None:
+    for folder in pickled_adapters(good, tmp_path):
+        with pytest.raises(AdapterError, match=r"pickled weights are not loaded|not in the safetensors format"):
+            check_adapter(folder, shapes, 8)
+    assert not Path("/tmp/jpo-pickle-was-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "not that of a LoRA adapter"),
+        ({"r": "8"}, "not that of a LoRA adapter"),
+        ({"r": 16}, "rank 16, and max_lora_rank is 8"),
+        ({"use_dora": True}, "use_dora is not served"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is not served"),
+        ({"bias": "all"}, "biases are not served"),
+        ({"r": 2}, r"has the shape \[.*\], which does not fit base and rank"),
+        ({"fan_in_fan_out": True}, r"has the shape \[.*\], which does not fit base and rank"),
+    ],
+)
+def test_adapters_of_other_kinds(
+    good: Path, shapes: Shapes, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(good, tmp_path / "changed")
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config | change))
+    with pytest.raises(AdapterError, match=message):
+        check_adapter(folder, shapes, 8)
+
+
+def test_adapters_of_another_base(good: Path, gpt2: Path, shapes: Shapes) -> None:
+    with pytest.raises(AdapterError, match="is no LoRA weight of this base"):
+        check_adapter(good, base_shapes(gpt2), 8)
+    halved = {name: (shape[0] // 2, *shape[1:]) for name, shape in shapes.items()}
+    with pytest.raises(AdapterError, match="does not fit base and rank"):
+        check_adapter(good, halved, 8)
+
+
+def test_transposed_bases_are_known(gpt2: Path, tmp_path: Path) -> None:
+    assert check_adapter(make_adapter(tmp_path / "of_gpt2", gpt2, seed=2), base_shapes(gpt2), 8) == 4
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_adapters_come_and_go_on_a_running_server(endpoint: Endpoint) -> None:
+    """Added, answering, scoring, full, removed, gone, and another one under the same name."""
+    question: dict[str, Any] = {"messages": [{"role": "user", "content": "Name a fruit."}], "temperature": 0}
+
+    def text(client: openai.OpenAI, model: str) -> str:
+        reply = client.chat.completions.create(model=model, max_tokens=16, **question)
+        return str(reply.choices[0].message.content)
+
+    with endpoint.http() as http, endpoint.client() as client:
+        before = {model: text(client, model) for model in ("sft", "jpo", "dpo.one")}
+        made = http.post("/v1/adapters", json={"name": "new", "folder": "extra"})
+        assert (made.status_code, made.json()["parent"], made.json()["warnings"]) == (201, "sft", [])
+        assert "new" in {model.id for model in client.models.list()}
+        first = text(client, "new")
+        item = {"instruction": "Name a fruit.", "response": "A pear."}
+        score = http.post("/v1/score", json={"model": "new", "items": [item]}).json()["data"][0]
+        assert score["beta"] == 0.1
+        assert score["score"] != 0
+        assert http.post("/v1/adapters", json={"name": "new", "folder": "other"}).status_code == 409
+        assert http.post("/v1/adapters", json={"name": "sft", "folder": "other"}).status_code == 409
+        assert http.post("/v1/adapters", json={"name": "full", "folder": "other"}).status_code == 201
+        assert http.post("/v1/adapters", json={"name": "more", "folder": "third"}).status_code == 409
+        assert http.delete("/v1/adapters/full").json() == {"id": "full", "object": "model", "deleted": True}
+        assert http.delete("/v1/adapters/full").status_code == 404
+        assert http.delete("/v1/adapters/new").status_code == 200
+        with pytest.raises(openai.NotFoundError):
+            text(client, "new")
+        assert http.post("/v1/score", json={"model": "new", "items": [item]}).status_code == 404
+        assert http.post("/v1/adapters", json={"name": "new", "folder": "other"}).status_code == 201
+        assert text(client, "new") != first
+        assert {model: text(client, model) for model in before} == before
+        assert http.delete("/v1/adapters/new").status_code == 200
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_adapters_that_are_none_are_refused_by_a_running_server(endpoint: Endpoint) -> None:
+    store = endpoint.run_dir.parent / STORE
+    pickled = pickled_adapters(store / "extra", store / "bad")
+    wrong = shutil.copytree(store / "extra", store / "bad" / "wrong_shape")
+    config = json.loads((wrong / ADAPTER_CONFIG).read_text())
+    (wrong / ADAPTER_CONFIG).write_text(json.dumps(config | {"r": 2}))  # the weights are of rank 4
+    with endpoint.http() as http:
+        for folder in [*TRAVERSALS, *(f"bad/{path.name}" for path in pickled), "bad/wrong_shape", "train/gone"]:
+            reply = http.post("/v1/adapters", json={"name": "bad", "folder": folder})
+            assert 400 <= reply.status_code < 500, (folder, reply.text)
+        for name in ("..", "a/b", "%2e%2e", "..%2f..%2fetc"):
+            assert http.delete(f"/v1/adapters/{name}").status_code in (401, 404, 405)
+        assert {card["id"] for card in http.get("/v1/models").json()["data"]} == {"sft", "jpo", "dpo.one"}
+    assert not Path("/tmp/jpo-pickle-was-run").exists()

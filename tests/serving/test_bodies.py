@@ -1,0 +1,108 @@
+"""Bodies are taken within limits, or refused with one short line that names the field."""
+
+import json
+from typing import Any
+
+import pytest
+
+from jpo_ray.config_serve import Limits
+from jpo_ray.serving.bodies import (
+    AdapterBody,
+    Body,
+    BodyError,
+    ChatBody,
+    CompareBody,
+    CompletionBody,
+    ScoreBody,
+    read_body,
+)
+from serving.malformed import CHAT_BODIES, COMPLETION_BODIES, SCORE_BODIES
+
+LIMITS = Limits(max_tokens=100, max_n=4)
+ASKED: dict[str, Any] = {"model": "jpo", "messages": [{"role": "user", "content": "Name a fruit."}]}
+
+
+def chat(**fields: Any) -> ChatBody:
+    return read_body(ChatBody, json.dumps(ASKED | fields).encode())
+
+
+def test_what_the_openai_client_sends_is_taken() -> None:
+    body = chat(
+        temperature=0, top_p=0.9, max_tokens=20, n=2, stop=["\n"], seed=7, stream=True, logprobs=True, top_logprobs=2,
+        stream_options={"include_usage": True}, presence_penalty=0.5, user="someone", response_format={"type": "text"},
+    )  # fmt: skip
+    fields = body.engine_fields(LIMITS)
+    assert fields == {
+        "model": "jpo", "temperature": 0.0, "top_p": 0.9, "max_tokens": 20, "n": 2, "stop": ["\n"], "seed": 7,
+        "stream": True, "logprobs": True, "top_logprobs": 2, "stream_options": {"include_usage": True},
+        "presence_penalty": 0.5,
+    }  # fmt: skip
+
+
+def test_null_stands_for_not_given() -> None:
+    assert chat(temperature=None, stop=None, tools=None).engine_fields(LIMITS) == {
+        "model": "jpo", "max_tokens": 100, "stream": False,
+    }  # fmt: skip
+
+
+def test_max_completion_tokens_is_the_newer_name() -> None:
+    assert chat(max_completion_tokens=9).engine_fields(LIMITS)["max_tokens"] == 9
+
+
+@pytest.mark.parametrize(("field", "value", "most"), [("max_tokens", 101, 100), ("n", 5, 4)])
+def test_limits(field: str, value: int, most: int) -> None:
+    chat(**{field: most}).engine_fields(LIMITS)
+    with pytest.raises(BodyError, match=rf"{field}: {value}, and this server gives at most {most}") as error:
+        chat(**{field: value}).engine_fields(LIMITS)
+    assert (error.value.status, error.value.param) == (422, field)
+
+
+def test_a_conversation_becomes_the_instruction_of_training() -> None:
+    lone = chat(messages=[{"role": "system", "content": " "}, {"role": "user", "content": "  Name a fruit.\n"}])
+    assert lone.instruction() == "  Name a fruit.\n"
+    several = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Name a fruit."},
+    ]
+    joined = "system: Be brief.\n\nuser: Hello\n\nassistant: Hi.\n\nuser: Name a fruit."
+    assert chat(messages=several).instruction() == joined
+
+
+def test_prompts_are_texts_or_ids() -> None:
+    def prompts(prompt: Any) -> Any:
+        return read_body(CompletionBody, json.dumps({"model": "sft", "prompt": prompt}).encode()).prompts()
+
+    assert prompts("a") == ["a"]
+    assert prompts(["a", "b"]) == ["a", "b"]
+    assert prompts([1, 2]) == [[1, 2]]
+    assert prompts([[1, 2], [3]]) == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        *[(ChatBody, body) for body in CHAT_BODIES],
+        *[(CompletionBody, body) for body in COMPLETION_BODIES],
+        *[(ScoreBody, body) for body in SCORE_BODIES],
+        (CompareBody, b'{"model": "jpo", "pairs": [{"a": {"instruction": "i", "response": "r"}}]}'),
+        (AdapterBody, b'{"name": "../x", "folder": "x"}'),
+        (AdapterBody, b'{"name": "x", "folder": ""}'),
+    ],
+)
+def test_malformed_bodies_are_refused_in_one_short_line(kind: type[Body], content: bytes) -> None:
+    with pytest.raises(BodyError) as error:
+        read_body(kind, content)
+    assert error.value.status in (400, 422)
+    assert len(str(error.value)) <= 400
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_repeats_little_of_its_input() -> None:
+    with pytest.raises(BodyError) as error:
+        chat(messages=[{"role": "x" * 5000, "content": "y"}])
+    assert "x" * 100 not in str(error.value)
+    with pytest.raises(BodyError) as error:
+        chat(**{"k" * 5000: 1})
+    assert "k" * 201 not in str(error.value)

@@ -1,0 +1,229 @@
+"""A running server, through the official client and plain HTTP."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from jpo_ray.data.tokens import prompt_ids
+from jpo_ray.engine.model import load_model, load_tokenizer
+from jpo_ray.sandbox import make_rows
+from jpo_ray.serving.streams import without_prefix
+from serving.endpoint import BEARER, KEY, Endpoint
+from serving.malformed import CHAT_BODIES, COMPLETION_BODIES, SCORE_BODIES
+from serving.served_run import BETAS, LAYOUT
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+MODELS = ["sft", *BETAS]
+NEW_TOKENS = 16
+JSON = BEARER | {"content-type": "application/json"}
+INSTRUCTIONS = [row["instruction"] for row in make_rows("test", 10, 0)]
+QUESTION: list[Any] = [{"role": "user", "content": INSTRUCTIONS[0]}]
+Greedy = dict[tuple[str, str], str]
+
+
+@pytest.fixture
+def client(endpoint: Endpoint) -> Iterator[openai.OpenAI]:
+    with endpoint.client() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def greedy(served_run: Path) -> Greedy:
+    """Each model's answer to each instruction by transformers and peft, one at a time."""
+    from peft import PeftModel
+
+    tokenizer = load_tokenizer(served_run / "sft")
+    answers: Greedy = {}
+    for name in MODELS:
+        model = load_model(served_run / "sft", dtype="float32")
+        if name != "sft":
+            model = PeftModel.from_pretrained(model, served_run / "train" / name).eval()
+        for instruction in INSTRUCTIONS:
+            ids = torch.tensor(prompt_ids(tokenizer, LAYOUT, [instruction]))
+            with torch.no_grad():
+                output = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+                )
+            text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            answers[name, instruction] = without_prefix(text, LAYOUT.response_prefix)
+    for name in BETAS:
+        assert sum(answers[name, text] != answers["sft", text] for text in INSTRUCTIONS) >= 4
+    return answers
+
+
+def test_models_are_listed(endpoint: Endpoint, client: openai.OpenAI) -> None:
+    assert sorted(model.id for model in client.models.list()) == sorted(MODELS)
+    assert client.models.retrieve("jpo").id == "jpo"
+    with endpoint.http() as http:
+        card = http.get("/v1/models/dpo.one").json()
+    assert (card["parent"], card["beta"]) == ("sft", 0.2)
+
+
+def test_base_and_adapters_mixed_under_concurrency_answer_as_transformers_do(
+    endpoint: Endpoint, greedy: Greedy
+) -> None:
+    """Whole answers and streams, every batch a mix of models: the trap is that base rows get an adapter's weights."""
+
+    async def scenario() -> Greedy:
+        at_once = asyncio.Semaphore(24)
+
+        async def ask(client: openai.AsyncOpenAI, model: str, text: str, *, stream: bool) -> str:
+            question: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": text}]}
+            question |= {"temperature": 0, "max_tokens": NEW_TOKENS}
+            async with at_once:
+                if not stream:
+                    reply = await client.chat.completions.create(**question)
+                    return str(reply.choices[0].message.content)
+                pieces = [
+                    event.choices[0].delta.content or ""
+                    async for event in await client.chat.completions.create(**question, stream=True)
+                ]
+                return "".join(pieces)
+
+        asked = [(model, text) for text in INSTRUCTIONS for model in MODELS]
+        async with openai.AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
+            whole = [ask(client, model, text, stream=False) for model, text in asked]
+            streamed = [ask(client, model, text, stream=True) for model, text in asked]
+            both = await asyncio.gather(*whole, *streamed)
+        answers, pieces = both[: len(asked)], both[len(asked) :]
+        assert pieces == answers
+        return dict(zip(asked, answers, strict=True))
+
+    answers = asyncio.run(scenario())
+    wrong = {key: (answers[key], greedy[key]) for key in greedy if answers[key].strip() != greedy[key].strip()}
+    assert not wrong
+
+
+def test_the_prompt_has_the_tokens_of_training(endpoint: Endpoint, client: openai.OpenAI, greedy: Greedy) -> None:
+    """A raw completion of the template's own text says what the chat says; usage counts the training's tokens."""
+    tokenizer = load_tokenizer(endpoint.run_dir / "sft")
+    text = LAYOUT.template.replace("{instruction}", INSTRUCTIONS[1])
+    ids = prompt_ids(tokenizer, LAYOUT, [INSTRUCTIONS[1]])[0]
+    asked: dict[str, Any] = {"model": "jpo", "temperature": 0, "max_tokens": NEW_TOKENS}
+    for prompt in (text, ids):
+        reply = client.completions.create(prompt=prompt, **asked)
+        assert reply.choices[0].text.strip() == greedy["jpo", INSTRUCTIONS[1]].strip()
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens == len(ids)
+    chat = client.chat.completions.create(messages=[{"role": "user", "content": INSTRUCTIONS[1]}], **asked)
+    assert chat.usage is not None
+    assert chat.usage.prompt_tokens == len(ids)
+    several = client.completions.create(prompt=[text, text], **asked)
+    assert [choice.text for choice in several.choices] == [reply.choices[0].text] * 2
+
+
+def test_what_clients_ask_for_besides(client: openai.OpenAI) -> None:
+    drawn = [
+        client.chat.completions.create(
+            model="jpo", messages=QUESTION, temperature=1, seed=seed, n=2, max_tokens=12, stop=["."]
+        )
+        for seed in (5, 5, 6)
+    ]
+    texts = [[choice.message.content for choice in reply.choices] for reply in drawn]
+    assert texts[0] == texts[1] != texts[2]
+    assert not any("." in str(text) for reply in texts for text in reply)
+    reply = client.chat.completions.create(
+        model="sft", messages=QUESTION, max_tokens=3, logprobs=True, top_logprobs=2, temperature=0
+    )
+    assert reply.choices[0].finish_reason == "length"
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None
+    assert [len(entry.top_logprobs) for entry in logprobs.content or []] == [2, 2, 2]
+    streamed = {0: "", 1: ""}
+    for event in client.chat.completions.create(
+        model="jpo", messages=QUESTION, temperature=1, seed=5, n=2, max_tokens=12, stop=["."], stream=True
+    ):
+        for choice in event.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert list(streamed.values()) == texts[0]
+    events = list(
+        client.chat.completions.create(
+            model="sft", messages=QUESTION, max_tokens=3, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert events[-1].usage is not None
+    assert events[-1].usage.completion_tokens == 3
+
+
+def test_errors_come_as_the_clients_exceptions(endpoint: Endpoint, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="there is no model `gone`"):
+        client.chat.completions.create(model="gone", messages=QUESTION)
+    with pytest.raises(openai.UnprocessableEntityError, match="max_tokens: 65, and this server gives at most 64"):
+        client.chat.completions.create(model="sft", messages=QUESTION, max_tokens=65)
+    with pytest.raises(openai.UnprocessableEntityError, match=r"messages: \d+ tokens, and the model takes fewer than"):
+        client.chat.completions.create(model="sft", messages=[{"role": "user", "content": "word " * 2000}])
+    with pytest.raises(openai.UnprocessableEntityError, match="prompt: token 50000, and the vocabulary has"):
+        client.completions.create(model="sft", prompt=[1, 50000])
+    with endpoint.client(api_key="sk-wrong-0123456789") as stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+
+
+def test_malformed_bodies_are_never_the_servers_fault(endpoint: Endpoint) -> None:
+    bodies = {"/v1/chat/completions": CHAT_BODIES, "/v1/completions": COMPLETION_BODIES, "/v1/score": SCORE_BODIES}
+    with endpoint.http(headers=JSON) as client:
+        for path, contents in bodies.items():
+            for content in contents[::3]:
+                reply = client.post(path, content=content)
+                assert reply.status_code in (400, 404, 422), (path, content[:100], reply.text)
+                assert len(reply.json()["error"]["message"]) <= 400
+        assert client.post("/v1/score", content=b"x" * 1_000_001).status_code == 413
+        assert client.post("/v1/nothing", content=b"{}").status_code == 404
+        assert client.put("/v1/score", content=b"{}").status_code == 405
+
+
+def test_without_a_key_there_is_health_alone(endpoint: Endpoint) -> None:
+    with httpx.Client(base_url=endpoint.url) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/ready").json() == {"status": "ready"}
+        for path in ("/", "/v1/models", "/page.js", "/docs", "/openapi.json", "/metrics"):
+            assert client.get(path).status_code == 401, path
+        assert client.post("/v1/adapters", json={"name": "x", "folder": "extra"}).status_code == 401
+
+
+def test_overload_is_refused_at_once_and_harms_nobody(endpoint: Endpoint) -> None:
+    """Three times as many requests as the limit: the rest gets 429, quickly, and whoever is let in a whole answer."""
+
+    async def scenario() -> list[tuple[int, float]]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=endpoint.url, headers=BEARER, timeout=120, limits=limits) as client:
+            body = {"model": "sft", "messages": QUESTION, "max_tokens": 48, "ignore_eos": True}
+
+            async def ask() -> tuple[int, float]:
+                reply = await client.post("/v1/chat/completions", json=body)
+                if reply.status_code == 200:
+                    assert reply.json()["usage"]["completion_tokens"] == 48
+                else:
+                    assert reply.headers["retry-after"] == "1"
+                return reply.status_code, reply.elapsed.total_seconds()
+
+            return await asyncio.gather(*(ask() for _ in range(144)))
+
+    replies = asyncio.run(scenario())
+    statuses = [status for status, _ in replies]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= 48
+
+
+def test_a_client_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
+    """Sixty streams left after their first event, more than the limit, do not hold others back."""
+    body = {"model": "sft", "messages": QUESTION, "max_tokens": 64, "ignore_eos": True, "stream": True}
+    with endpoint.http() as client:
+        for _ in range(60):
+            with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+                assert reply.status_code == 200
+                next(reply.iter_lines())
+        assert client.post("/v1/completions", json={"model": "sft", "prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_no_key_is_written_anywhere(endpoint: Endpoint, client: openai.OpenAI) -> None:
+    client.models.list()
+    assert KEY not in endpoint.shown.read_text()
+    assert KEY not in json.dumps([path.read_text() for path in (endpoint.run_dir / "serving").glob("*.json")])
