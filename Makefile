@@ -7,11 +7,15 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 BIN := .venv/bin
 RUN_DIR ?= runs/demo
 
-.PHONY: demo test test-slow lint setup setup-dev clean
+.PHONY: demo paper test test-slow lint setup setup-dev clean
 
 # The main job on the embedded sandbox: data, pairs, judging, SFT, reference, training, sampling, win rates, report.
 demo: setup
 	$(BIN)/jpo demo --run-dir $(RUN_DIR)
+
+# The paper's whole evaluation in miniature, into docs/results.md; goes on where it was stopped.
+paper: setup
+	$(BIN)/python benchmarks/paper.py --run-dir runs/paper
 
 test: setup-dev lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -1,0 +1,67 @@
+"""The paper's evaluation in miniature, on the sandbox: every experiment, then docs/results.md with tables and figures.
+
+    python benchmarks/paper.py --run-dir runs/paper [--out docs] [section.key=value ...]
+
+`make paper` runs it. Experiments share what they can: data, judgments, SFT model and reference are made once. It goes
+on where it was stopped; the time it then states is that of the work, as the runs' manifests and this script took it.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from miniature.claims import RESAMPLES, Found
+from miniature.document import write_document
+from rich.console import Console
+
+from jpo_ray.config_experiment import load_experiment
+from jpo_ray.evaluation.experiment_results import groups_of
+from jpo_ray.files import output_folder, read_json, write_json
+from jpo_ray.pipeline.scale import scale
+
+# In this order: the first makes what the others share.
+EXPERIMENTS = ("objectives", "data_scaling", "protocols", "proxy", "strategies", "bands", "selection", "sweep")
+CONFIGS = Path(__file__).parent.parent / "configs" / "experiments"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of results.md and figures/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    console = Console()
+    found: dict[str, Found] = {}
+    made: list[Path] = []
+    for name in EXPERIMENTS:
+        console.rule(name)
+        experiment = load_experiment(CONFIGS / f"{name}.yaml", arguments.overrides)
+        folder = arguments.run_dir / name
+        with output_folder(folder), _timed(folder / "seconds.json"):
+            measured = scale(experiment, folder, name, console, others=made)
+        seconds = read_json(folder / "seconds.json")["seconds"]
+        found[name] = Found(measured, groups_of(measured, RESAMPLES, 0), seconds)
+        made += [folder / run.name for run in experiment.runs]
+    write_document(found, arguments.run_dir / "objectives" / "run", arguments.out)
+    minutes = sum(each.seconds for each in found.values()) / 60
+    console.print(f"{arguments.out / 'results.md'}: {minutes:.0f} minutes of work", highlight=False)
+
+
+@contextmanager
+def _timed(path: Path) -> Iterator[None]:
+    """Add up how long an experiment takes until it is finished; showing a finished one again does not count."""
+    before = read_json(path) if path.exists() else {"seconds": 0.0, "finished": False}
+    started = time.monotonic()
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        if not before["finished"]:
+            write_json(path, {"seconds": before["seconds"] + time.monotonic() - started, "finished": finished})
+
+
+if __name__ == "__main__":
+    main()

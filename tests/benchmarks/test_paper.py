@@ -1,0 +1,108 @@
+"""The miniature of the paper: claims by hand, and the page that is written of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from miniature.claims import Claim, Found, all_claims, higher
+from miniature.document import write_document
+
+from jpo_ray.evaluation.experiment_results import Measured, groups_of
+
+VERDICTS = {"w": "a", "l": "b", "t": "tie"}
+OBJECTIVES = ("sft", "dpo", "dpo-comparisons", "kto", "kto-comparisons", "jpo")
+
+
+def measured(entry: str, letters: str, seed: int = 0, **settings: object) -> Measured:
+    rows = [
+        {"instruction_id": str(n), "model": entry, "temperature": 0.001, "verdict": VERDICTS[letter]}
+        for n, letter in enumerate(letters)
+    ]
+    return Measured(entry, settings, str(seed), pa.Table.from_pylist(rows))
+
+
+def experiment(*found: Measured) -> Found:
+    return Found(found, groups_of(found, 100, 0), 90.0)
+
+
+def test_a_claim_is_judged_by_the_interval_of_the_difference() -> None:
+    good, bad, near = measured("jpo", "w" * 60), measured("sft", "wl" * 30), measured("dpo", "wl" * 29 + "ww")
+    assert higher("", "", [good], [bad]).verdict == "agrees"
+    assert higher("", "", [bad], [good]).verdict == "disagrees"
+    unsure = higher("", "", [near], [bad])
+    assert (unsure.verdict, unsure.here[:5]) == ("not told apart", "+1.7 ")  # one of 60
+
+
+@pytest.fixture
+def found() -> dict[str, Found]:
+    """JPO wins 75 percent, all else half; the sweep and the like have one group."""
+    half, most = "wl" * 40, "wwwl" * 20
+    main = experiment(*(measured(entry, most if entry == "jpo" else half) for entry in OBJECTIVES))
+    sizes = [
+        measured("jpo", letters, max_train_comparisons=size) for size, letters in ((100, half), (300, most), (900, most))
+    ]
+    return {
+        "objectives": main,
+        "data_scaling": experiment(measured("sft", half), *sizes),
+        "protocols": experiment(*(measured(e, half) for e in ("sft", "conditional", "joint", "both-half", "both"))),
+        **{name: experiment(measured("jpo", most)) for name in ("proxy", "strategies", "bands", "selection", "sweep")},
+    }
+
+
+def test_every_comparison_of_the_paper_has_its_line(found: dict[str, Found]) -> None:
+    claims = {claim.says: claim for claim in all_claims(found)}
+    assert len(claims) == 9
+    verdicts = {says: claim.verdict for says, claim in claims.items()}
+    assert verdicts["JPO beats SFT (Table 5)"] == verdicts["JPO beats DPO at equal epochs (Table 5)"] == "agrees"
+    assert verdicts["DPO beats SFT (Table 5)"] == verdicts["Joint comparisons alone align (Figure 5)"] == "not told apart"
+    assert claims["More comparisons help (Figure 7)"].here.startswith("+25.0 (")
+    assert claims["JPO on proxy pairs beats DPO (Appendix E)"].verdict == "agrees"
+    assert all(isinstance(claim, Claim) and claim.paper for claim in claims.values())
+
+
+def test_the_page_has_the_numbers(found: dict[str, Found], tmp_path: Path) -> None:
+    run = main_run(tmp_path / "run")
+    write_document(found, run, tmp_path / "docs")
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "| JPO | 75.0 | **75.0** | " in page
+    assert "| 61.0 |\n" in page  # length-controlled
+    assert "agrees with 4, cannot tell 5 and disagrees with 0" in page
+    assert "in 12 minutes (objectives 2, data_scaling 2" in page
+    assert "within a point of the last value from 300 on" in page
+    assert "joint 0.80, conditional 0.70, both together\n0.90" in page
+    assert "| JPO | 80.0 | 0.50 |" in page
+    assert "None" not in page
+    assert "{" not in page
+    figure = (tmp_path / "docs" / "figures" / "data_scaling.svg").read_text()
+    assert "max_train_comparisons" in figure
+    assert "![How much preference data is needed (Figure 7)](figures/data_scaling.svg)" in page
+
+
+def main_run(folder: Path) -> Path:
+    """What the page takes from the run of the objectives."""
+    models = {entry: {"length_controlled": {"rate": 61.0}} for entry in OBJECTIVES}
+    rates = {entry: {"win_rate": 50.0} for entry in OBJECTIVES}
+    files = {
+        "evaluate/win_rates.json": {"models": models},
+        "tournament/tournament.json": {
+            "ranking": {source: {"n": 1200, "models": rates} for source in ("joint", "conditional", "both")},
+            "agreement": {
+                source: {"models": 6, "kendall_tau": tau}
+                for source, tau in (("joint", 0.8), ("conditional", 0.7), ("both", 0.9))
+            },
+        },
+        "policies/policies.json": {
+            entry: {"words": 7.0} | ({} if entry == "sft" else {"accuracy_conditional": 0.8, "kl": 0.5})
+            for entry in OBJECTIVES
+        },
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(content))
+    return folder
