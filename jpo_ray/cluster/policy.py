@@ -36,7 +36,7 @@ class PolicyReader:
         found = [self.read(folder, *unpacked(batch, row)) for row, folder in enumerate(folders)]
         return {"batch": batch["batch"], "found": [values.tobytes() for values in found]}
 
-    def read(self, folder: Path, tokens: TokenizedItems, rows: range) -> npt.NDArray[np.float32]:
+    def read(self, folder: Path, tokens: TokenizedItems, rows: range | npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         """Log-ratios of instruction and response, float32[n, 2] in nats, or embeddings, float32[n, D]."""
         import torch
 
@@ -70,30 +70,36 @@ def policy_facts(
     stage: str,
     tokens: TokenizedItems,
     *,
-    policies: Sequence[Path],
+    policies: Sequence[tuple[Path, npt.NDArray[np.intp]]],
     base: Path,
     dtype: str,
     load_in_4bit: bool,
     fact: Fact,
     bar: Any,
 ) -> list[npt.NDArray[np.float32]]:
-    """A fact of every row of `tokens` under each policy, the folder of an adapter or of a whole model made from `base`.
+    """A fact of rows of `tokens` under each policy: a folder, of an adapter or of a whole model made from `base`, and
+    the rows it reads.
 
-    That is its log-ratio of policy and reference, float32[rows, 2] (instruction, response), or its embedding, [., D].
+    That is their log-ratio of policy and reference, float32[rows, 2] (instruction, response), or embedding, [rows, D].
     """
-    batches = micro_batches(tokens, np.arange(len(tokens)), PASS_TOKENS, packed=True)
-    packed = packed_rows(tokens, batches)
-    rows = [
-        row | {"batch": number * len(batches) + place, "folder": str(folder)}
-        for number, folder in enumerate(policies)
-        for place, row in enumerate(packed)
+    batches = [
+        (number, members)
+        for number, (_, wanted) in enumerate(policies)
+        for members in micro_batches(tokens, wanted, PASS_TOKENS, packed=True)
     ]
-    bar.begin(len(tokens) * len(policies))
+    packed = packed_rows(tokens, [members for _, members in batches])
+    rows = [
+        row | {"batch": place, "folder": str(policies[number][0])}
+        for place, (row, (number, _)) in enumerate(zip(packed, batches, strict=True))
+    ]
+    bar.begin(sum(len(wanted) for _, wanted in policies))
     found: list[dict[int, npt.NDArray[np.float32]]] = [{} for _ in policies]
     for row in map_on_actors(ray, config, stage, rows, PolicyReader, str(base), dtype, load_in_4bit, fact):
-        number, place = divmod(int(row["batch"]), len(batches))
-        members = batches[place]
+        number, members = batches[int(row["batch"])]
         values = np.frombuffer(row["found"], dtype=np.float32).reshape(len(members), -1)
         found[number] |= dict(zip(members.tolist(), values, strict=True))
         bar.advance(len(members))
-    return [np.stack([of_policy[row] for row in range(len(tokens))]) for of_policy in found]
+    return [
+        np.stack([of_policy[row] for row in wanted.tolist()])
+        for of_policy, (_, wanted) in zip(found, policies, strict=True)
+    ]

@@ -101,11 +101,21 @@ def _policies(context: Context, trained: list[str], out: Path) -> dict[str, Any]
         )
     base, model = sft_model(context)[0].resolve(), context.config.model
     tokens = tokenize(load_tokenizer(base), layout_of(model), *(list(side) for side in zip(*pairs, strict=True)))
+    own_rows = {
+        name: np.array(
+            [number for number, row in enumerate(own, start=len(ids)) if row["model"] == name], dtype=np.intp
+        )
+        for name in trained
+    }
+    held_out_rows = np.arange(len(ids))
     with progress_bar(context.console, "scoring held-out items and samples under the models") as bar:
         ratios = policy_facts(
             context.ray(), context.config.cluster, "evaluate", tokens, base=base, dtype=model.dtype, bar=bar,
-            policies=[context.path(f"train/{name}").resolve() for name in trained], fact="log_ratio",
-            load_in_4bit=model.load_in_4bit,
+            policies=[
+                (context.path(f"train/{name}").resolve(), np.concatenate([held_out_rows, own_rows[name]]))
+                for name in trained
+            ],
+            fact="log_ratio", load_in_4bit=model.load_in_4bit,
         )  # fmt: skip
     place = {item: number for number, item in enumerate(ids)}
     sides = ("chosen", "rejected")
@@ -114,9 +124,8 @@ def _policies(context: Context, trained: list[str], out: Path) -> dict[str, Any]
     under_reference = np.array([reference[item] for item in ids]).reshape(-1, 2)
     found = {}
     for name, ratio in zip(trained, ratios, strict=True):
-        mine = [number for number, row in enumerate(own, start=len(ids)) if row["model"] == name]
         found[name] = preference_metrics(ratio[: len(ids)].astype(float), under_reference, chosen, rejected, joint)
-        found[name] |= kl_of_samples(ratio[mine, 1].astype(float))
+        found[name] |= kl_of_samples(ratio[len(ids) :, 1].astype(float))
     for name in ("sft", *trained):
         given = [row["response"] for row in samples if row["model"] == name]
         found[name] = found.get(name, {}) | sample_metrics(given)

@@ -183,8 +183,8 @@ def _policy_facts(
     fact: Fact = "log_ratio" if selection.strategy == "margin" else "embedding"
     with progress_bar(context.console, "scoring items under the policy") as bar:
         [found] = policy_facts(
-            context.ray(), context.config.cluster, "judge", tokens, policies=[folder], base=folder, dtype=model.dtype,
-            load_in_4bit=model.load_in_4bit, fact=fact, bar=bar,
+            context.ray(), context.config.cluster, "judge", tokens, policies=[(folder, np.arange(len(tokens)))],
+            base=folder, dtype=model.dtype, load_in_4bit=model.load_in_4bit, fact=fact, bar=bar,
         )  # fmt: skip
     values = found.astype(np.float64)
     return (values.sum(axis=1), None) if fact == "log_ratio" else (None, values)

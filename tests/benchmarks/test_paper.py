@@ -44,7 +44,8 @@ def found() -> dict[str, Found]:
     half, most = "wl" * 40, "wwwl" * 20
     main = experiment(*(measured(entry, most if entry == "jpo" else half) for entry in OBJECTIVES))
     sizes = [
-        measured("jpo", letters, max_train_comparisons=size) for size, letters in ((100, half), (300, most), (900, most))
+        measured("jpo", letters, max_train_comparisons=size)
+        for size, letters in ((100, half), (300, most), (900, most))
     ]
     return {
         "objectives": main,
@@ -59,7 +60,9 @@ def test_every_comparison_of_the_paper_has_its_line(found: dict[str, Found]) -> 
     assert len(claims) == 9
     verdicts = {says: claim.verdict for says, claim in claims.items()}
     assert verdicts["JPO beats SFT (Table 5)"] == verdicts["JPO beats DPO at equal epochs (Table 5)"] == "agrees"
-    assert verdicts["DPO beats SFT (Table 5)"] == verdicts["Joint comparisons alone align (Figure 5)"] == "not told apart"
+    assert (
+        verdicts["DPO beats SFT (Table 5)"] == verdicts["Joint comparisons alone align (Figure 5)"] == "not told apart"
+    )
     assert claims["More comparisons help (Figure 7)"].here.startswith("+25.0 (")
     assert claims["JPO on proxy pairs beats DPO (Appendix E)"].verdict == "agrees"
     assert all(isinstance(claim, Claim) and claim.paper for claim in claims.values())

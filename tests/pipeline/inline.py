@@ -90,8 +90,8 @@ class Cluster:
         with pytest.MonkeyPatch.context() as patch:  # another number of threads, and training differs in the last bit
             patch.setattr("torch.set_num_threads", lambda _: None)
             reader = policy.PolicyReader(**where, fact=fact, device="cpu", threads=0)
-        bar.begin(len(tokens) * len(policies))
-        return [reader.read(folder, tokens, range(len(tokens))) for folder in policies]
+        bar.begin(sum(len(rows) for _, rows in policies))
+        return [reader.read(folder, tokens, rows) for folder, rows in policies]
 
     def generate(
         self, _ray: Any, _cluster: Any, config: Any, engine: str, dtype: str, requests: Sequence[Request]
