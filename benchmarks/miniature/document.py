@@ -93,7 +93,7 @@ def write_document(found: Mapping[str, Found], main_run: Path, out: Path) -> Non
         "policies": _policies(read_json(main_run / "policies" / "policies.json")),
     }
     with output_folder(out):
-        context["sections"] = [_section(name, found[name], out) for name in SECTIONS]
+        context["sections"] = [_section(name, found[name]) for name in SECTIONS]
         words = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=False)
         words.filters |= {"number": _number, "thousands": "{:,.0f}".format}
         staged = out / ".results.md.part"
@@ -166,7 +166,7 @@ def _metric(values: Sequence[float | None], form: str) -> str:
     return _number(100 * value) if form == "percent" and value is not None else _number(value, form)
 
 
-def _section(name: str, found: Found, out: Path) -> dict[str, Any]:
+def _section(name: str, found: Found) -> dict[str, Any]:
     heading, done, paper = SECTIONS[name]
     sizes = [
         (float(size), group.win_rate)
@@ -175,12 +175,8 @@ def _section(name: str, found: Found, out: Path) -> dict[str, Any]:
     ]
     return {
         "name": name, "heading": heading, "done": done, "paper": paper, "table": markdown_table(found.groups).strip(),
-        "saturation": saturation(sizes, 1.0), "figure": _figure(name, found, out) if sizes else None,
+        "saturation": saturation(sizes, 1.0),
     }  # fmt: skip
-
-
-def _figure(name: str, found: Found, out: Path) -> str | None:
-    return None
 
 
 def _entry(model: str) -> str:
