@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from jpo_ray.config_base import NAME_PATTERN, Cosine, Count, NonNegative, Positive, Section, Seed
 from jpo_ray.config_judge import AnnotatorConfig, JudgeConfig
+from jpo_ray.config_objective import OBJECTIVES, LossConfig, Reads
 
 
 class Source(Section):
@@ -133,13 +134,17 @@ class SFTConfig(OptimizerConfig):
     items_per_step: Count = 12  # global batch size, whatever the number of workers
 
 
-class TrainConfig(OptimizerConfig):
+class CurriculumConfig(Section):
+    """Easy comparisons first (Curry-DPO, arXiv 2403.07230): each epoch goes through phases of growing difficulty."""
+
+    phases: Annotated[int, Field(ge=2)] = 3  # of as many comparisons each, shuffled within
+    # Easy is a wide gap between the judge's scores; or a chosen response that the reference finds likelier per token.
+    easy: Literal["gap", "reference"] = "gap"
+
+
+class TrainConfig(OptimizerConfig, LossConfig):
     name: Annotated[str, Field(pattern=NAME_PATTERN)] = ""
-    objective: Literal["jpo", "dpo", "kto"] = "jpo"
-    protocols: list[Literal["conditional", "joint"]] = Field(default=["conditional", "joint"], min_length=1)
-    beta: Positive = 0.1
-    desirable_weight: Positive = 1.0  # KTO
-    undesirable_weight: Positive = 1.0  # KTO
+    curriculum: CurriculumConfig | None = None
     comparisons_per_step: Count = 32  # global, whatever the number of workers
     max_batch_tokens: Count | None = None  # a step ends before its distinct items have more tokens than this
     batching: Literal["graph", "pairs"] = (
@@ -160,13 +165,22 @@ class TrainConfig(OptimizerConfig):
             values = {**values, "name": values.get("objective", "jpo")}
         return values
 
+    @property
+    def reads(self) -> frozenset[Reads]:
+        found = super().reads
+        return found | {self.curriculum.easy} if self.curriculum else found
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether an epoch's number of steps follows from the number of comparisons alone."""
+        return self.max_batch_tokens is None and self.joins != "lists" and self.curriculum is None
+
     @model_validator(mode="after")
-    def _objective_takes_its_edges(self) -> "TrainConfig":
-        if self.objective == "dpo" and "joint" in self.protocols:
-            raise ValueError(
-                "dpo compares responses of one instruction; set protocols: [conditional], "
-                "or objective: jpo for joint ones"
-            )
+    def _batches_hold_what_the_objective_joins(self) -> "TrainConfig":
+        if self.joins == "lists" and (self.batching == "pairs" or self.curriculum):
+            listwise = next(term.objective for term in self.terms if OBJECTIVES[term.objective].joins == "lists")
+            other = "batching: pairs" if self.batching == "pairs" else "a curriculum"
+            raise ValueError(f"{listwise} takes all comparisons of an instruction together, {other} would part them")
         if self.name == "sft":
             raise ValueError("the name `sft` is the SFT model's; choose another")
         return self
@@ -254,8 +268,11 @@ class RunConfig(Section):
             other = next((other for other in self.train if other.name == entry.steps_like), None)
             if entry.steps_like and (other is None or other.steps_like):
                 raise ValueError(f"train.{entry.name}.steps_like: no entry `{entry.steps_like}` with epochs of its own")
-            if entry.steps_like and (entry.max_batch_tokens or (other and other.max_batch_tokens)):
-                raise ValueError(f"train.{entry.name}.steps_like: steps cannot be counted with max_batch_tokens")
+            if entry.steps_like and not (entry.counts_steps and other and other.counts_steps):
+                raise ValueError(
+                    f"train.{entry.name}.steps_like: steps cannot be counted with max_batch_tokens, a curriculum, lipo "
+                    "or pro"
+                )
         for name in (self.sample.models or []) if self.sample else []:
             if name != "sft" and name not in names:
                 raise ValueError(f"sample.models: no model `{name}`; there are sft, {', '.join(names)}")

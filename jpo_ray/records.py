@@ -64,6 +64,7 @@ JUDGMENTS = pa.schema(
         ("verdict_ab", pa.string()),
         ("verdict_ba", pa.string()),  # null where only one order was shown (ready-made labels)
         ("probability", pa.float64()),  # that a is better; null where the annotator does not say how sure it is
+        ("gap", pa.float64()),  # by how much a's score is higher; null where the annotator gives no scores
         ("text_ab", pa.string()),
         ("text_ba", pa.string()),
         ("tokens", pa.int64()),
@@ -78,6 +79,7 @@ PREFERENCES = pa.schema(
         ("protocol", pa.string()),
         ("weight", pa.float32()),
         ("probability", pa.float32()),  # that `chosen` is better: 1 unless the label is soft
+        ("gap", pa.float32()),  # by how much, in the judge's scores or the log odds of its soft label; null: not known
         ("split", pa.string()),
     ]
 )

@@ -160,7 +160,7 @@ def test_an_unknown_key_names_the_nearest(key: str, message: str) -> None:
         ("train.0.learning_rate", float("inf"), "`train.0.learning_rate`: Input should be a finite number, got inf"),
         ("train.0.learning_rate", float("nan"), "`train.0.learning_rate`: Input should be"),
         ("train.0.lora_dropout", 1.5, "`train.0.lora_dropout`: Input should be less than 1, got 1.5"),
-        ("train.0.objective", "ppo", "`train.0.objective`: Input should be 'jpo', 'dpo' or 'kto', got 'ppo'"),
+        ("train.0.objective", "ppo", "`train.0.objective`: Input should be 'jpo', 'dpo', 'cdpo', 'robust', "),
         ("train.0.protocols", [], "`train.0.protocols`: List should have at least 1 item"),
         ("train.0.name", "a/b", "`train.0.name`: String should match pattern"),
         ("train.0.comparisons_per_step", 0, "`train.0.comparisons_per_step`: Input should be greater than or equal to"),

@@ -15,7 +15,7 @@ ROWS = [
     ["__init__", "errors"],
     ["files", "artifacts", "lease"],
     ["records", "config_base", "runs"],
-    ["config_judge"],
+    ["config_judge", "config_objective"],
     ["config"],
     ["config_file", "cache"],
     ["config_experiment", "config_serve"],

@@ -154,7 +154,8 @@ def make_work(name: str, items: Items) -> Work:
 def _edges(chosen: Ints, rejected: Ints, *, joint: bool) -> EdgeList:
     count = len(chosen)
     ones = np.ones(count, dtype=np.float32)
-    return EdgeList(chosen.astype(np.int64), rejected.astype(np.int64), np.full(count, joint), ones, ones)
+    sides = (chosen.astype(np.int64), rejected.astype(np.int64))
+    return EdgeList(*sides, joint=np.full(count, joint), weight=ones, probability=ones, gap=np.nan * ones)
 
 
 def _concatenate(left: EdgeList, right: EdgeList) -> EdgeList:

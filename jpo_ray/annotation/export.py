@@ -47,6 +47,7 @@ def _judgment(answered: Answered) -> dict[str, Any]:
         "verdict_ab": answered.verdict if a_first else None,
         "verdict_ba": None if a_first else answered.verdict,
         "probability": None,
+        "gap": None,
         "text_ab": answered.explanation if a_first else None,
         "text_ba": None if a_first else answered.explanation,
         "tokens": 0,

@@ -1,7 +1,8 @@
 """Cutting an epoch into batches: every number exactly once, reshuffled each epoch, a function of seed and epoch.
 
 `pairs` gives independent comparisons (the paper's way). `graph` groups comparisons that share items: an item is scored
-once per batch however many comparisons it is part of, so a batch costs its distinct items, not its comparisons.
+once per batch however many comparisons it is part of, so a batch costs its distinct items, not its comparisons. `lists`
+keeps all comparisons of an instruction together; `phased` puts easy ones first.
 """
 
 import heapq
@@ -9,11 +10,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+MakeBatches = Callable[..., list[Ints]]  # of first and second item of each edge, limits, seed and epoch
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,41 @@ def graph(first: Ints, second: Ints, limits: Limits, seed: int, epoch: int) -> l
     if grown.edges:
         batches.append(np.array(grown.edges, dtype=np.int64))
     return [batches[place] for place in rng.permutation(len(batches))]
+
+
+def lists(list_of: Ints, first: Ints, second: Ints, limits: Limits, seed: int, epoch: int) -> list[Ints]:
+    """Batches of whole lists, within the same limits: all edges of equal `list_of`, int64[E], come together.
+
+    A list that is larger than the limits is a batch of its own.
+    """
+    names, number = np.unique(list_of, return_inverse=True)
+    edges_of = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
+    batches: list[list[Ints]] = []
+    edges = tokens = 0
+    for place in np.random.default_rng([seed, epoch, 0x6C69]).permutation(len(names)).tolist():
+        whole = edges_of[place]
+        members = np.unique(np.concatenate([first[whole], second[whole]]))
+        cost = 0 if limits.lengths is None else int(limits.lengths[members].sum())
+        too_long = limits.tokens is not None and tokens + cost > limits.tokens
+        if not batches or too_long or edges + len(whole) > limits.comparisons:
+            batches.append([])
+            edges = tokens = 0
+        batches[-1].append(whole)
+        edges, tokens = edges + len(whole), tokens + cost
+    return [np.concatenate(batch) for batch in batches]
+
+
+def phased(
+    difficulty: npt.NDArray[np.floating], phases: int, make: MakeBatches, first: Ints, second: Ints, *how: Any
+) -> list[Ints]:
+    """Batches that `make` cuts from equal shares of the edges, one share after the other, the easiest first.
+
+    `difficulty` float[E] grows with it.
+    """
+    found: list[Ints] = []
+    for share in np.array_split(np.argsort(difficulty, kind="stable"), phases):
+        found += [share[batch] for batch in make(first[share], second[share], *how)]
+    return found
 
 
 class _Growing:

@@ -15,15 +15,14 @@ from jpo_ray.data.tokens import TokenizedItems
 
 @dataclass(frozen=True)
 class EdgeList:
-    """Comparisons as row numbers: int64[E] each, `joint` bool[E], `weight` float32[E] and `probability` float32[E],
-    that `chosen` is better.
-    """
+    """Comparisons as row numbers: int64[E] each, with what is known of each: bool[E] and float32[E]."""
 
     chosen: npt.NDArray[np.int64]
     rejected: npt.NDArray[np.int64]
     joint: npt.NDArray[np.bool_]
     weight: npt.NDArray[np.float32]
-    probability: npt.NDArray[np.float32]
+    probability: npt.NDArray[np.float32]  # that `chosen` is better
+    gap: npt.NDArray[np.float32]  # by how much, in the judge's scores; NaN where it gave none
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -35,10 +34,12 @@ class EdgeList:
 @dataclass(frozen=True)
 class PreferenceData:
     tokens: TokenizedItems
-    reference: npt.NDArray[np.float64]  # [rows, 2]: instruction part, response part
+    # [rows, 2]: instruction part, response part; None where the objective needs no reference
+    reference: npt.NDArray[np.float64] | None
     items: int  # rows that are items; the rest are mismatched
     train: EdgeList
     validation: EdgeList
+    embeddings: npt.NDArray[np.float16] | None = None  # [items, D]: of the instructions, where the objective needs them
 
 
 def edge_list(preferences: pa.Table, row_of: dict[str, int], split: str, protocols: Sequence[str]) -> EdgeList:
@@ -50,6 +51,7 @@ def edge_list(preferences: pa.Table, row_of: dict[str, int], split: str, protoco
         joint=np.array([row["protocol"] == "joint" for row in rows], dtype=np.bool_),
         weight=np.array([row["weight"] for row in rows], dtype=np.float32),
         probability=np.array([row["probability"] for row in rows], dtype=np.float32),
+        gap=np.array([np.nan if row["gap"] is None else row["gap"] for row in rows], dtype=np.float32),
     )
 
 

@@ -1,11 +1,12 @@
 """What a training worker runs, from artifacts on disk to a trained model on disk. Works without Ray, in one process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from jpo_ray import records
 from jpo_ray.config import BaseModelConfig, OptimizerConfig, SFTConfig, TrainConfig
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.checkpoints import newest_checkpoint
-from jpo_ray.engine.dataset import PreferenceData, edge_list
+from jpo_ray.engine.dataset import EdgeList, PreferenceData, edge_list
 from jpo_ray.engine.loop import Progress, train
 from jpo_ray.engine.model import DTYPES, load_model, load_policy, load_tokenizer
 from jpo_ray.engine.scoring import Scorer, make_scorer
@@ -25,12 +26,13 @@ from jpo_ray.errors import InputError
 
 @dataclass(frozen=True)
 class PreferenceInputs:
-    """Where the `train` stage reads: folders of the SFT model and of the items, judge and reference artifacts."""
+    """Where the `train` stage reads: folders of the SFT model and of artifacts (None: not needed)."""
 
     model: Path
     items: Path
     judge: Path
-    reference: Path
+    reference: Path | None
+    embeddings: Path | None = None
 
 
 def layout_of(model: BaseModelConfig) -> Layout:
@@ -82,7 +84,8 @@ def train_preferences(
             policy.enable_input_require_grads()
     autocast = None if config.use_peft else _autocast(model)
     scorer = _spread(make_scorer(policy, dropout_seed=_seed(config), autocast=autocast), config, device)
-    if newest_checkpoint(out) is None:  # before the first update the policy is the reference
+    # Before the first update the policy is the reference.
+    if data.reference is not None and newest_checkpoint(out) is None:
         check_margins(scorer, data, config, model.dtype)
     task = preference_task(scorer, data, config, _seed(config), total_steps)
     final_dtype = None if config.use_peft else DTYPES[model.dtype]
@@ -98,20 +101,12 @@ def train_preferences(
 def load_preferences(
     tokenizer: Any, inputs: PreferenceInputs, model: BaseModelConfig, config: TrainConfig
 ) -> PreferenceData:
-    """Items, their reference log-probs and edges. Raises `InputError` where the reference lacks an item."""
+    """Items, edges and what the objective reads besides. Raises `InputError` where an artifact lacks any of it."""
     items = records.read_table(inputs.items / "items.parquet", records.ITEMS).to_pylist()
     preferences = records.read_table(inputs.judge / "preferences.parquet", records.PREFERENCES)
-    reference = records.read_table(inputs.reference / "reference.parquet", records.REFERENCE)
     used = {*preferences["chosen"].to_pylist(), *preferences["rejected"].to_pylist()}
     rows = [row for row in items if row["item_id"] in used]
     row_of = {row["item_id"]: number for number, row in enumerate(rows)}
-    partners = _partners(reference) if config.objective == "kto" else {}
-    if config.objective == "kto" and not row_of.keys() <= partners.keys():
-        raise InputError(
-            f"train.{config.name}: kto compares with responses to other instructions and the reference has none; give "
-            "data with more than one instruction and run `jpo reference` again"
-        )
-    scored = rows + mismatched_rows(rows, partners, {row["item_id"]: row for row in items})
     train_edges, validation_edges = (
         edge_list(preferences, row_of, split, config.protocols) for split in ("train", "validation")
     )
@@ -120,13 +115,43 @@ def load_preferences(
             f"train.{config.name}: no decisive {' or '.join(config.protocols)} preferences to train on; "
             "check pairs, judge and train.protocols"
         )
+    if "gap" in config.reads:
+        _require_gaps(config, train_edges, validation_edges)
+    scored, reference = rows, None
+    if "reference" in config.reads:
+        assert inputs.reference is not None
+        table = records.read_table(inputs.reference / "reference.parquet", records.REFERENCE)
+        partners = _partners(table, row_of, config) if "mismatched" in config.reads else {}
+        scored = rows + mismatched_rows(rows, partners, {row["item_id"]: row for row in items})
+        reference = _reference_of(table, rows, partners)
     return PreferenceData(
         tokens=_tokenize(tokenizer, model, scored),
-        reference=_reference_of(reference, rows, partners),
+        reference=reference,
         items=len(rows),
         train=train_edges,
         validation=validation_edges,
+        embeddings=_embeddings_of(inputs, rows) if "embedding" in config.reads else None,
     )
+
+
+def _require_gaps(config: TrainConfig, *edges: EdgeList) -> None:
+    lacking, count = sum(int(np.isnan(some.gap).sum()) for some in edges), sum(map(len, edges))
+    if lacking:
+        needing = "a curriculum by gap" if all(term.objective != "odpo" for term in config.terms) else "odpo"
+        raise InputError(
+            f"train.{config.name}: {needing} needs to know by how much each chosen item is better, and {lacking} of "
+            f"{count} comparisons do not say; judge by scores (judge.annotator: ratings or reward_model) or with "
+            "judge.soft, and without judge.closure"
+        )
+
+
+def _embeddings_of(inputs: PreferenceInputs, rows: Sequence[dict[str, Any]]) -> npt.NDArray[np.float16]:
+    """The instruction's vector of each item, of norm 1."""
+    assert inputs.embeddings is not None
+    table = records.read_table(inputs.embeddings / "embeddings.parquet", records.EMBEDDINGS)
+    place = {name: number for number, name in enumerate(table["instruction_id"].to_pylist())}
+    vectors = np.stack(table["vector"].to_numpy())
+    return vectors[[place[row["instruction_id"]] for row in rows]]
 
 
 def mismatched_rows(
@@ -138,9 +163,16 @@ def mismatched_rows(
     ]
 
 
-def _partners(reference: pa.Table) -> dict[str, str]:
+def _partners(reference: pa.Table, used: Mapping[str, int], config: TrainConfig) -> dict[str, str]:
+    """The items whose responses stand with the other items' instructions. Raises `InputError` where one has none."""
     pairs = zip(reference["item_id"].to_pylist(), reference["response_of"].to_pylist(), strict=True)
-    return {item: response_of for item, response_of in pairs if item != response_of}
+    partners = {item: response_of for item, response_of in pairs if item != response_of}
+    if not used.keys() <= partners.keys():
+        raise InputError(
+            f"train.{config.name}: kto compares with responses to other instructions and the reference has none; give "
+            "data with more than one instruction and run `jpo reference` again"
+        )
+    return partners
 
 
 def _reference_of(reference: pa.Table, rows: Sequence[dict[str, Any]], partners: dict[str, str]) -> Any:

@@ -144,6 +144,7 @@ def _judgment(annotation: Mapping[str, Any], where: str) -> dict[str, Any]:
         "verdict_ab": verdict,
         "verdict_ba": None,
         "probability": probability,
+        "gap": None,
         "text_ab": answer if isinstance(answer, str) else "" if answer is None else json.dumps(answer),
         "text_ba": None,
         "tokens": 0,

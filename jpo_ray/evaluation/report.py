@@ -175,9 +175,10 @@ def _trainings(config: RunConfig, states: Mapping[str, Mapping[str, Any]]) -> li
     return [
         {
             "name": entry.name,
-            "objective": entry.objective,
+            "objective": entry.losses,
             "protocols": " + ".join(entry.protocols),
-            "compared": (entry.objective, entry.beta, *sorted(entry.protocols)),  # what puts losses on one scale
+            # What puts losses on one scale.
+            "compared": (entry.losses, str([term.parameters() for term in entry.terms]), *sorted(entry.protocols)),
             "steps": states[entry.name].get("global_step"),
             "epochs": states[entry.name].get("epoch"),
             **final_values(states[entry.name].get("log_history") or []),

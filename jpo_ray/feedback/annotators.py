@@ -54,6 +54,7 @@ class Answer:
     cost: float = 0.0  # US dollars
     reason: str = ""  # why the verdict is invalid
     share_a: float | None = None  # probability that a is better, from an annotator that says how sure it is
+    gap: float | None = None  # by how much a's score is higher, from an annotator that scores items
 
 
 def silent(share: float, note: str) -> None:
@@ -92,8 +93,8 @@ def score_annotator(name: str, score_items: ScoreItems, *, noise: float, tie_ban
         difference = score_a - score_b + (noise * _standard_normal(seed, comparison) if noise else 0.0)
         text = f"{score_a:.6g} against {score_b:.6g}"
         if abs(difference) <= tie_band + _ROUNDING:
-            return Answer("tie", text)
-        return Answer("a" if difference > 0 else "b", text)
+            return Answer("tie", text, gap=difference)
+        return Answer("a" if difference > 0 else "b", text, gap=difference)
 
     return Annotator(name, answer)
 

@@ -4,6 +4,7 @@ Position bias is large with language-model judges (46 % of verdicts conflicted b
 so the share of such flips is part of what `judgment_counts` reports.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from jpo_ray.feedback.annotators import (
     flipped_verdict,
     silent,
 )
+
+LEAST_DOUBT = 1e-4  # the log odds of a certain label would be infinite
 
 
 def comparisons_of(pairs: pa.Table, items: pa.Table) -> list[Comparison]:
@@ -84,6 +87,7 @@ def _judgment(comparison: Comparison, annotator: str, ab: Answer, ba: Answer | N
         "verdict_ab": ab.verdict,
         "verdict_ba": flipped_verdict(ba.verdict) if ba else None,
         "probability": _probability(ab, ba),
+        "gap": _gap(ab, ba),
         "text_ab": ab.text,
         "text_ba": ba.text if ba else None,
         "tokens": sum(answer.tokens for answer in given),
@@ -104,6 +108,13 @@ def _probability(ab: Answer, ba: Answer | None) -> float | None:
     return ab.share_a if ba is None or ba.share_a is None else (ab.share_a + 1 - ba.share_a) / 2
 
 
+def _gap(ab: Answer, ba: Answer | None) -> float | None:
+    """By how much a's score is higher: the mean of both orders."""
+    if ab.gap is None or ba is None or ba.gap is None:
+        return ab.gap
+    return (ab.gap - ba.gap) / 2
+
+
 def preferences(pairs: pa.Table, judgments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of `records.PREFERENCES` of the decisive judgments, in their order; ties and invalid ones are dropped.
 
@@ -119,9 +130,9 @@ def preferences(pairs: pa.Table, judgments: Sequence[dict[str, Any]]) -> list[di
         pair = by_id[judgment["pair_id"]]
         if judgment["verdict"] in ("a", "b"):
             chosen, rejected = ("item_a", "item_b") if judgment["verdict"] == "a" else ("item_b", "item_a")
-            sure = judgment["probability"]
-            if sure is not None and judgment["verdict"] == "b":
-                sure = 1 - sure
+            sure, gap = judgment["probability"], judgment["gap"]
+            if judgment["verdict"] == "b":
+                sure, gap = None if sure is None else 1 - sure, None if gap is None else -gap
             rows.append(
                 {
                     "chosen": pair[chosen],
@@ -129,10 +140,17 @@ def preferences(pairs: pa.Table, judgments: Sequence[dict[str, Any]]) -> list[di
                     "protocol": pair["protocol"],
                     "weight": 1.0,
                     "probability": 1.0 if sure is None else sure,
+                    "gap": _log_odds(sure) if gap is None and sure is not None else gap,
                     "split": pair["split"],
                 }
             )
     return rows
+
+
+def _log_odds(probability: float) -> float:
+    """A Bradley-Terry model's difference of scores."""
+    bounded = min(max(probability, LEAST_DOUBT), 1 - LEAST_DOUBT)
+    return math.log(bounded / (1 - bounded))
 
 
 def judgment_counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -100,8 +100,12 @@ def sft_specs(context: Context) -> list[Spec]:
 
 
 def reference_specs(context: Context) -> list[Spec]:
+    """Nothing where no objective compares with the reference and nobody else asks for it."""
+    train, evaluate = context.config.train, context.config.evaluate
+    if not any("reference" in entry.reads for entry in train) and not (evaluate and evaluate.policies):
+        return []
     inputs = {"items": context.standing("items", "items").fingerprint, "sft": sft_model(context)[1]}
-    mismatched = any(entry.objective == "kto" for entry in context.config.train)
+    mismatched = any("mismatched" in entry.reads for entry in train)
     slice_ = {
         "model": _model_slice(context),
         "mismatched": mismatched,
@@ -185,17 +189,28 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
     seeded = entry.model_copy(update={"seed": context.seed(entry.seed)})
     inputs = {name: context.standing(name, name).fingerprint for name in ("items", "judge")}
     inputs["sft"] = sft_model(context)[1]
-    reference = context.standing("reference", "reference").fingerprint
-    if entry.objective == "kto":  # of the others, the reference of items is a function of items and SFT model
+    compares = "reference" in entry.reads
+    reference = context.standing("reference", "reference").fingerprint if compares else ""
+    if "mismatched" in entry.reads:  # of the others, the reference of items is a function of items and SFT model
         inputs["reference"] = reference
+    embeds = "embedding" in entry.reads
+    if embeds:
+        inputs["embeddings"] = context.standing("embeddings", "pairs").fingerprint
     like = context.config.train_entry(entry.steps_like) if entry.steps_like else None
 
     def make(out: Path) -> dict[str, Any]:
         from jpo_ray.cluster.training import Work, run_here, run_training
         from jpo_ray.engine.jobs import PreferenceInputs, train_preferences
 
+        def folder(name: str) -> Path:
+            return context.path(name).resolve()
+
         where = PreferenceInputs(
-            sft_model(context)[0].resolve(), *(context.path(name).resolve() for name in ("items", "judge", "reference"))
+            sft_model(context)[0].resolve(),
+            folder("items"),
+            folder("judge"),
+            folder("reference") if compares else None,
+            folder("embeddings") if embeds else None,
         )
         steps = _steps_of(context, like) if like else None
         work = Work(train_preferences, (where, context.config.model, seeded, steps))

@@ -53,6 +53,7 @@ def test_orientation(store: Store) -> None:
             "verdict_ab": verdict if a_first else None,
             "verdict_ba": None if a_first else verdict,
             "probability": None,
+            "gap": None,
             "text_ab": text if a_first else None,
             "text_ba": None if a_first else text,
             "tokens": 0,

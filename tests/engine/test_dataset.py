@@ -6,9 +6,9 @@ import pytest
 
 from jpo_ray.engine.batches import shuffled, total_steps
 from jpo_ray.engine.dataset import edge_list, mismatched_partners
-from jpo_ray.engine.tasks import _first
 from jpo_ray.records import PREFERENCES
 
+GAPS = (0.5, None, 1.5, 2.5)
 ROW_OF = {"p": 0, "q": 1, "r": 2}
 
 
@@ -21,7 +21,11 @@ def preferences() -> pa.Table:
     ]
     names = ("chosen", "rejected", "protocol", "weight", "split")
     return pa.Table.from_pylist(
-        [dict(zip(names, row, strict=True)) | {"probability": 1.0} for row in rows], PREFERENCES
+        [
+            dict(zip(names, row, strict=True)) | {"probability": 1.0, "gap": gap}
+            for row, gap in zip(rows, GAPS, strict=True)
+        ],
+        PREFERENCES,
     )
 
 
@@ -31,6 +35,8 @@ def test_edges_of_a_split_and_of_protocols_in_table_order() -> None:
     assert both.rejected.tolist() == [1, 0, 0]
     assert both.joint.tolist() == [False, True, True]
     assert both.weight.tolist() == [1.0, 0.5, 3.0]
+    assert both.gap[[0, 2]].tolist() == [0.5, 2.5]
+    assert np.isnan(both.gap[1])
     assert edge_list(preferences(), ROW_OF, "train", ["conditional"]).chosen.tolist() == [0]
     assert edge_list(preferences(), ROW_OF, "validation", ["joint"]).rejected.tolist() == [2]
     assert len(edge_list(preferences(), ROW_OF, "test", ["joint"])) == 0
@@ -45,13 +51,6 @@ def test_an_epoch_has_every_edge_once_in_an_order_of_its_own() -> None:
     assert orders[0] != orders[1]
     assert np.concatenate(shuffled(10, 4, 3, 0)).tolist() == orders[0]
     assert np.concatenate(shuffled(10, 4, 4, 0)).tolist() != orders[0]
-
-
-def test_subsets_of_one_seed_are_nested() -> None:
-    edges = edge_list(preferences(), ROW_OF, "train", ["conditional", "joint"])
-    two, three = _first(edges, 2, 5), _first(edges, 3, 5)
-    assert set(two.weight.tolist()) < set(three.weight.tolist()) == {1.0, 0.5, 3.0}
-    assert _first(edges, None, 5) is edges
 
 
 @pytest.mark.parametrize(("per_epoch", "epochs", "steps"), [(10, 2, 20), (10, 0.25, 3), (10, 0.01, 1), (3, 1.5, 5)])

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from engine.tiny import World, config, difference, edges, gradients_of, only_conditional, policy_scorer
+from engine.tiny import World, config, difference, edges, gradients_of, make_lists, only_conditional, policy_scorer
 from jpo_ray.config import SFTConfig
+from jpo_ray.config_objective import OBJECTIVES
 from jpo_ray.engine import step as step_module
 from jpo_ray.engine.dataset import PreferenceData
+from jpo_ray.engine.objective import batch_rows, loss_of_scores, weighted_mean
+from jpo_ray.engine.schedules import preference_schedule
 from jpo_ray.engine.scoring import score_items
 from jpo_ray.engine.step import accumulate_gradients
-from jpo_ray.engine.tasks import preference_schedule, preference_task, sft_task
-from jpo_ray.objectives import Edges, ItemScores, jpo
+from jpo_ray.engine.tasks import preference_task, sft_task
+from jpo_ray.objectives import Edges, Items, ItemScores
+from jpo_ray.objectives.losses import jpo
 
 SAME = 2e-5  # relative norm of the difference of two float32 gradients that sum in another order
 
@@ -50,11 +54,12 @@ def test_gradient_is_that_of_a_pair_trainer(world: World) -> None:
     scorer.model.zero_grad(set_to_none=True)
     batch = data.train
     total = torch.zeros((), dtype=torch.float64)
-    for chosen, rejected, joint, weight, _ in zip(*batch.__dict__.values(), strict=True):
+    for chosen, rejected, joint, weight, *label in zip(*batch.__dict__.values(), strict=True):
         policy = score_items(scorer, data.tokens, [chosen, rejected])
         reference = torch.from_numpy(data.reference[[chosen, rejected]])
-        graph = Edges(torch.tensor([0]), torch.tensor([1]), torch.tensor([bool(joint)]), torch.ones(1))
-        outcome = jpo(ItemScores(*policy.T), ItemScores(*reference.T), graph, beta=beta)
+        graph = Edges(torch.tensor([0]), torch.tensor([1]), torch.tensor([bool(joint)]), *torch.tensor([label]).T)
+        rest = torch.ones(3, 2, dtype=torch.int64)  # token counts and lists, which JPO does not read
+        outcome = jpo(Items(ItemScores(*policy.T), ItemScores(*reference.T), *rest), graph, beta=beta)
         total = total + float(weight) * outcome.loss_E.sum()
     total = total / float(batch.weight.sum())
     total.backward()
@@ -62,6 +67,40 @@ def test_gradient_is_that_of_a_pair_trainer(world: World) -> None:
     plain = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     assert loss == pytest.approx(total.item(), abs=1e-6)
     assert difference(gradient, plain) < SAME
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_gradient_is_that_of_the_loss_of_all_items_at_once(name: str, world: World) -> None:
+    """Micro-batches in two phases against autograd through one graph of all items, of every objective."""
+    train = config(objective=name, lora_dropout=0.0, max_micro_batch_tokens=120, activation_memory_gib=0.0)
+    data = make_lists(world.model).data if train.joins == "lists" else world.data
+    data = data if "joint" in train.protocols else only_conditional(data)
+    scorer = policy_scorer(world.model, train)
+    loss, gradient = gradients_of(scorer, data, train)
+    scorer.model.zero_grad(set_to_none=True)
+    rows = batch_rows(data, data.train, train)
+    outcome = loss_of_scores(data, data.train, rows, train)(score_items(scorer, data.tokens, rows))
+    total = weighted_mean(outcome.loss_E, data.train)
+    total.backward()
+    plain = torch.cat([p.grad.flatten() for p in scorer.model.parameters() if p.requires_grad and p.grad is not None])
+    assert loss == pytest.approx(total.item(), rel=1e-5)
+    assert difference(gradient, plain) < SAME
+    assert float(plain.norm()) > 1e-3
+
+
+def test_a_mixture_has_the_weighted_sum_of_the_gradients(world: World) -> None:
+    parts = [("jpo", 1.0, {"beta": 0.5}), ("simpo", 0.5, {}), ("sft", 0.1, {})]
+    also = [{"objective": name, "weight": weight, **keys} for name, weight, keys in parts[1:]]
+    mixed = config(lora_dropout=0.0, also=also)
+    scorer = policy_scorer(world.model, mixed)
+    loss, gradient = gradients_of(scorer, world.data, mixed)
+    alone = [gradients_of(scorer, world.data, config(objective=name, name="x", lora_dropout=0.0)) for name, *_ in parts]
+    weights = [weight for _, weight, _ in parts]
+    assert loss == pytest.approx(sum(w * part for w, (part, _) in zip(weights, alone, strict=True)), rel=1e-6)
+    summed = torch.stack([w * part for w, (_, part) in zip(weights, alone, strict=True)]).sum(dim=0)
+    assert difference(gradient, summed) < SAME
+    metrics = preference_task(scorer, world.data, mixed, seed=0).gradients(0)
+    assert [metrics[f"loss/{name}"] for name, *_ in parts] == pytest.approx([part for part, _ in alone], rel=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["jpo", "kto"])
@@ -133,7 +172,7 @@ def test_an_epoch_of_either_mode_has_the_same_gradient_in_all(world: World) -> N
     sums, batches = {}, {}
     for mode in ("graph", "pairs"):
         train = config(lora_dropout=0.0, batching=mode, comparisons_per_step=3)
-        schedule = preference_schedule(world.data.train, world.tokens.lengths, train, seed=0)
+        schedule = preference_schedule(world.data, world.data.train, train, seed=0)
         batches[mode] = [tuple(sorted(schedule.batch(step).tolist())) for step in range(schedule.steps_per_epoch)]
         sums[mode] = sum(
             len(batch) * gradients_of(scorer, world.data, train, step=step)[1]

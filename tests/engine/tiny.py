@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from jpo_ray.config import TrainConfig
+from jpo_ray.config_objective import OBJECTIVES
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.dataset import EdgeList, PreferenceData
 from jpo_ray.engine.model import add_lora, load_model, load_tokenizer
@@ -83,7 +85,7 @@ def save(kind: Any, config: Any, folder: Path, seed: int, *, bos: bool = True) -
 
 @dataclass(frozen=True)
 class World:
-    """Twelve items, two to each of six instructions (items 2i and 2i + 1), and what the model says of them."""
+    """Twelve items (`make_world`: two to each of six instructions, 2i and 2i + 1), and what the model says of them."""
 
     model: Path
     data: PreferenceData
@@ -94,23 +96,43 @@ class World:
 
 
 def make_world(model: Path) -> World:
-    """Conditional edges within each instruction, joint ones between them; six mismatched items' rows for KTO follow."""
-    instructions = [text for text in INSTRUCTIONS for _ in range(2)]
-    responses = [text for pair in RESPONSES for text in pair]
-    mismatched = [responses[(i + 2) % 12] for i in range(12)]
-    tokens = tokenize(load_tokenizer(model), LAYOUT, instructions * 2, responses + mismatched)
-    reference = score_all(plain_scorer(model), tokens, np.arange(24), max_tokens=4096).numpy()
+    """Conditional edges within each instruction, joint ones between them."""
     conditional = [(2 * i, 2 * i + 1) for i in range(6)]
     joint = [(0, 3), (2, 5), (4, 0), (7, 8), (10, 1), (9, 6)]
-    return World(model, PreferenceData(tokens, reference, 12, edges(conditional, joint), edges([(1, 0)], [(3, 0)])))
+    return world_of(model, INSTRUCTIONS, RESPONSES, edges(conditional, joint), edges([(1, 0)], [(3, 0)]))
+
+
+def make_lists(model: Path) -> World:
+    """Four responses to each of three instructions: all compared, some, and two of them alone."""
+    lists = [RESPONSES[number] + RESPONSES[number + 3] for number in range(3)]
+    every = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    train = edges([*every, (5, 4), (5, 7), (4, 6), (11, 8)], [])
+    return world_of(model, INSTRUCTIONS[:3], lists, train, edges([(0, 1), (1, 3), (9, 8)], []))
+
+
+def world_of(
+    model: Path, instructions: list[str], responses: Sequence[Sequence[str]], train: EdgeList, validation: EdgeList
+) -> World:
+    """Twelve items, and a mismatched one of each; random embeddings of the instructions."""
+    each = 12 // len(instructions)
+    texts = [text for some in responses for text in some]
+    mismatched = [texts[(i + each) % 12] for i in range(12)]
+    shown = [text for text in instructions for _ in range(each)]
+    tokens = tokenize(load_tokenizer(model), LAYOUT, shown * 2, texts + mismatched)
+    reference = score_all(plain_scorer(model), tokens, np.arange(24), max_tokens=4096).numpy()
+    directions = np.random.default_rng(0).normal(size=(len(instructions), 4))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    embeddings = np.repeat(directions.astype(np.float16), each, axis=0)
+    return World(model, PreferenceData(tokens, reference, 12, train, validation, embeddings))
 
 
 def edges(conditional: list[tuple[int, int]], joint: list[tuple[int, int]]) -> EdgeList:
-    """Weights 1, 2, 1, 2, ... so that an unweighted mean is not the weighted one."""
+    """Weights 1, 2, 1, 2, ... so that an unweighted mean is not the weighted one; gaps 0.5, 1.5, 2.5, 0.5, ..."""
     both = np.array([*conditional, *joint], dtype=np.int64).reshape(-1, 2)
     kinds = np.array([False] * len(conditional) + [True] * len(joint))
     weights = 1 + np.arange(len(both), dtype=np.float32) % 2
-    return EdgeList(both[:, 0].copy(), both[:, 1].copy(), kinds, weights, np.ones_like(weights))
+    gaps = 0.5 + np.arange(len(both), dtype=np.float32) % 3
+    return EdgeList(both[:, 0].copy(), both[:, 1].copy(), kinds, weights, np.ones_like(weights), gaps)
 
 
 def only_conditional(data: PreferenceData) -> PreferenceData:
@@ -119,12 +141,17 @@ def only_conditional(data: PreferenceData) -> PreferenceData:
 
 def config(**options: Any) -> TrainConfig:
     """LoRA with dropout, all edges in one step, beta 0.5."""
-    if options.get("objective") == "dpo":
+    name = options.get("objective", "jpo")
+    if OBJECTIVES[name].conditional_only:
         options.setdefault("protocols", ["conditional"])
+    if name == "sft":
+        options.setdefault("name", "sft-term")  # the SFT model has its name
     defaults = {
-        "beta": 0.5, "comparisons_per_step": 64, "lora_r": 4, "lora_dropout": DROPOUT, "warmup_steps": 0,
+        "comparisons_per_step": 64, "lora_r": 4, "lora_dropout": DROPOUT, "warmup_steps": 0,
         "learning_rate": 1e-2, "seed": 0,
     }  # fmt: skip
+    if name in ("jpo", "dpo", "kto"):
+        defaults["beta"] = 0.5
     return TrainConfig(**(defaults | options))
 
 

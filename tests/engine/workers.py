@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from engine.tiny import World, config, gradients_of, make_world, policy_scorer
+from engine.tiny import World, config, gradients_of, make_lists, make_world, policy_scorer
 from jpo_ray.config import BaseModelConfig, TrainConfig
 from jpo_ray.engine.loop import train
 from jpo_ray.engine.model import load_policy, load_tokenizer
@@ -28,6 +28,10 @@ PREFERENCE_CASES: dict[str, dict[str, Any]] = {
     "lora-some-kept-fsdp2": {"sharding": "fsdp2", "max_micro_batch_tokens": 60, "activation_memory_gib": 2e-3},
     "full-fsdp2": {"sharding": "fsdp2", "use_peft": False, "max_micro_batch_tokens": 200},
     "kto-fsdp2": {"sharding": "fsdp2", "objective": "kto"},
+    "lora-mixture": {"also": [{"objective": "simpo", "weight": 0.5}, {"objective": "sft", "weight": 0.1}]},
+    "lora-rpo": {"objective": "rpo", "max_micro_batch_tokens": 120, "activation_memory_gib": 0.0},
+    "lora-lipo": {"objective": "lipo", "max_micro_batch_tokens": 120, "activation_memory_gib": 0.0},
+    "pro-fsdp2": {"sharding": "fsdp2", "objective": "pro", "max_micro_batch_tokens": 120},
     "full-two-phase": {"use_peft": False, "max_micro_batch_tokens": 1, "activation_memory_gib": 0.0},
 }
 SHARDED_RECIPES = {
@@ -53,7 +57,8 @@ def outcome_of(case: str, world: World) -> dict[str, torch.Tensor]:
         scores = accumulate_gradients(scorer, world.tokens, np.array([3]), lambda s: s.sum() / 50, max_tokens=4096)
         return {"scores": scores, "gradient": gradient_of(scorer)}
     train = config(**PREFERENCE_CASES[case])
-    loss, gradient = gradients_of(_scorer(world, train, sharded), world.data, train)
+    data = make_lists(world.model).data if train.joins == "lists" else world.data
+    loss, gradient = gradients_of(_scorer(world, train, sharded), data, train)
     return {"loss": torch.tensor(loss, dtype=torch.float64), "gradient": gradient}
 
 

@@ -134,6 +134,7 @@ def test_preferences_are_read_in_alpaca_evals_direction(tmp_path: Path) -> None:
         "verdict_ab": "a",
         "verdict_ba": None,
         "probability": None,
+        "gap": None,
         "text_ab": "",
         "text_ba": None,
         "tokens": 0,

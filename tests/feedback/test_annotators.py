@@ -38,7 +38,7 @@ def test_the_higher_score_wins_and_the_tie_band_includes_its_edge() -> None:
     asked = [("0.9", "0.2"), ("0.2", "0.9"), ("0.5", "0.5"), ("0.9", "0.85"), ("0.9", "0.8499"), ("0.3", "0.35")]
     assert verdicts(annotator.answer([comparison(*pair) for pair in asked])) == ["a", "b", "tie", "tie", "a", "tie"]
     assert (annotator.name, annotator.both_orders) == ("oracle", True)
-    assert annotator.answer([comparison("0.9", "0.2")]) == [Answer("a", "0.9 against 0.2")]
+    assert annotator.answer([comparison("0.9", "0.2")]) == [Answer("a", "0.9 against 0.2", gap=0.9 - 0.2)]
     assert annotator.answer([]) == []
 
 

@@ -70,6 +70,7 @@ def test_a_judgment_of_both_orders_is_told_in_terms_of_the_original_a_and_b() ->
             "verdict_ab": "a",
             "verdict_ba": "invalid",
             "probability": None,
+            "gap": None,
             "text_ab": "first",
             "text_ba": "eh",
             "tokens": 7,
@@ -164,14 +165,15 @@ def test_comparisons_carry_the_texts_of_their_items_in_the_order_of_the_pairs() 
 
 
 def judgment(number: int, verdict: str, ab: str = "a", ba: str | None = "a", cost: float = 0.0) -> dict[str, Any]:
-    fields = {"verdict": verdict, "verdict_ab": ab, "verdict_ba": ba, "tokens": 2, "cost": cost, "probability": None}
+    fields = {"verdict": verdict, "verdict_ab": ab, "verdict_ba": ba, "tokens": 2, "cost": cost}
+    fields |= {"probability": None, "gap": None}
     return dict.fromkeys(records.JUDGMENTS.names, "") | fields | {"pair_id": f"p{number}", "annotator": "m"}
 
 
 def test_preferences_are_the_decisive_verdicts(tmp_path: Path) -> None:
     judgments = [judgment(number, verdict) for number, verdict in ((2, "b"), (1, "a"), (3, "tie"), (4, "invalid"))]
     rows = preferences(PAIRS, judgments)
-    shared = {"weight": 1.0, "probability": 1.0}
+    shared = {"weight": 1.0, "probability": 1.0, "gap": None}
     assert rows == [
         {"chosen": "y2", "rejected": "x2", "protocol": "conditional", "split": "validation", **shared},
         {"chosen": "x1", "rejected": "y1", "protocol": "joint", "split": "train", **shared},
@@ -187,10 +189,30 @@ def test_an_annotator_that_says_how_sure_it_is_gives_soft_labels() -> None:
 
     (row,) = judge([comparison("p1")], Annotator("m", answer))
     assert row["probability"] == pytest.approx(0.2)
-    assert preferences(PAIRS, [row])[0] | {"probability": 0} == {
-        "chosen": "y1", "rejected": "x1", "protocol": "joint", "weight": 1.0, "probability": 0, "split": "train",
+    (found,) = preferences(PAIRS, [row])
+    assert found | {"probability": 0, "gap": 0} == {
+        "chosen": "y1", "rejected": "x1", "protocol": "joint", "weight": 1.0, "probability": 0, "gap": 0,
+        "split": "train",
     }  # fmt: skip
-    assert preferences(PAIRS, [row])[0]["probability"] == pytest.approx(0.8)
+    assert found["probability"] == pytest.approx(0.8)
+    assert found["gap"] == pytest.approx(1.3862944)  # log(0.8 / 0.2)
+
+
+def test_a_certain_soft_label_has_a_finite_gap() -> None:
+    (row,) = judge([comparison("p1")], Annotator("m", lambda *_: [Answer("a", share_a=1.0)], both_orders=False))
+    (found,) = preferences(PAIRS, [row])
+    assert (found["probability"], found["gap"]) == (1.0, pytest.approx(9.2102404))  # log(0.9999 / 0.0001)
+
+
+def test_an_annotator_that_scores_items_says_by_how_much_one_is_better() -> None:
+    """b is ahead by 2 when shown second and by 3 when shown first (a score's noise differs): by 2.5 in the mean."""
+
+    def answer(*_: Any) -> list[Answer]:
+        return [Answer("b", gap=-2.0), Answer("a", gap=3.0)]
+
+    (row,) = judge([comparison("p1")], Annotator("m", answer))
+    assert row["gap"] == -2.5
+    assert preferences(PAIRS, [row])[0]["gap"] == 2.5
 
 
 def test_counts_of_judgments() -> None:

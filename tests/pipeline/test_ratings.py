@@ -43,7 +43,13 @@ def test_ratings_decide_every_pair(tmp_path: Path, cluster: Cluster) -> None:
             assert (row["verdict"], row["reason"]) == ("invalid", "no rating")
         else:
             assert row["verdict"] == ("tie" if abs(a - b) <= 1 else "a" if a > b else "b")
+            assert row["gap"] == a - b
     assert {row["annotator"] for row in judgments} == {"ratings"}
+    preferences = records.read_table(
+        tmp_path / "run" / "judge" / "preferences.parquet", records.PREFERENCES
+    ).to_pylist()
+    assert preferences
+    assert all(row["gap"] == rating[row["chosen"]] - rating[row["rejected"]] > 1 for row in preferences)
     assert cluster.calls == ["embed", "tiles"]
 
 

@@ -1,0 +1,138 @@
+"""Which comparisons are trained on: subsets, whole lists, easy ones first; how the held-out ones are batched."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.tiny import World, config, edges, make_lists, policy_scorer
+from jpo_ray.engine.batches import Limits, lists, pairs, phased
+from jpo_ray.engine.dataset import PreferenceData
+from jpo_ray.engine.schedules import difficulty, lists_of, preference_schedule, training_edges, validation_batches
+from jpo_ray.engine.tasks import preference_task
+
+
+@pytest.fixture(scope="module")
+def four(world: World) -> PreferenceData:
+    return make_lists(world.model).data
+
+
+def test_subsets_of_one_seed_are_nested(world: World) -> None:
+    two, three, other = (
+        training_edges(world.data, config(max_train_comparisons=count), seed)
+        for count, seed in ((2, 5), (3, 5), (3, 6))
+    )
+    chosen = [list(zip(some.chosen.tolist(), some.rejected.tolist(), strict=True)) for some in (two, three, other)]
+    assert chosen[1][:2] == chosen[0]
+    assert (len(chosen[1]), set(chosen[1]) == set(chosen[2])) == (3, False)
+    assert training_edges(world.data, config(), 5) is world.data.train
+
+
+def test_subsets_of_lists_are_whole_lists(four: PreferenceData) -> None:
+    """Lists of six, three and one comparisons; at least one list, however small the limit."""
+    sizes = {
+        limit: sorted(np.unique(lists_of(four, kept), return_counts=True)[1].tolist())
+        for limit in (1, 4, 7, 9, 10)
+        for kept in [training_edges(four, config(objective="lipo", max_train_comparisons=limit), seed=1)]
+    }
+    assert sizes[10] == [1, 3, 6]
+    assert all(set(found) <= {1, 3, 6} and found for found in sizes.values())
+    assert all(sum(found) <= limit for limit, found in sizes.items() if len(found) > 1)
+    assert sum(sizes[9]) >= sum(sizes[4])
+
+
+def test_batches_of_lists_hold_whole_lists() -> None:
+    """Thirty lists of one to six edges, at most eight to a batch: each edge once, no list parted, another order each
+    epoch; as few batches as the order allows, so no two neighbours fit into one.
+    """
+    rng = np.random.default_rng(0)
+    list_of = np.repeat(np.arange(30), rng.integers(1, 7, 30))[rng.permutation(30)[0] :]
+    first = np.arange(len(list_of))
+    epochs = [lists(list_of, first, first + 1000, Limits(8), seed=3, epoch=epoch) for epoch in (0, 1, 0)]
+    for batches in epochs:
+        assert sorted(np.concatenate(batches).tolist()) == first.tolist()
+        members = [set(list_of[batch].tolist()) for batch in batches]
+        assert sum(len(some) for some in members) == len(np.unique(list_of))
+        assert max(len(batch) for batch in batches) <= 8
+        assert len(batches) < len(np.unique(list_of)) * 2 / 3
+    orders = [np.concatenate(batches).tolist() for batches in epochs]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_list_beyond_the_limits_is_a_batch_of_its_own() -> None:
+    list_of = np.array([0, 0, 0, 0, 0, 1, 2])
+    batches = lists(list_of, np.arange(7), np.arange(7) + 10, Limits(2), seed=0, epoch=0)
+    assert sorted(sorted(batch.tolist()) for batch in batches) in (
+        [[0, 1, 2, 3, 4], [5], [6]],
+        [[0, 1, 2, 3, 4], [5, 6]],
+    )
+    lengths = np.full(17, 10)
+    batches = lists(list_of, np.arange(7), np.arange(7) + 10, Limits(99, 30, lengths), seed=0, epoch=0)
+    assert sorted(len(batch) for batch in batches) == [1, 1, 5]  # 100, 20 and 20 tokens
+
+
+def test_no_edges_are_no_batches() -> None:
+    none = np.zeros(0, dtype=np.int64)
+    assert lists(none, none, none, Limits(8), 0, 0) == []
+
+
+def test_phases_go_from_easy_to_hard() -> None:
+    """Eleven edges in three phases of 4, 4 and 3, in batches of two."""
+    hardness = np.random.default_rng(0).random(11)
+    batches = phased(hardness, 3, pairs, np.arange(11), np.arange(11) + 20, Limits(2), 7, 0)
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2, 2, 1]
+    easiest_first = np.argsort(hardness)
+    for phase, share in ((batches[:2], easiest_first[:4]), (batches[2:4], easiest_first[4:8])):
+        assert set(np.concatenate(phase).tolist()) == set(share.tolist())
+    shuffled = np.concatenate(batches[:2]).tolist()
+    assert (
+        shuffled
+        != np.concatenate(phased(hardness, 3, pairs, np.arange(11), np.arange(11), Limits(2), 7, 1)[:2]).tolist()
+    )
+
+
+def test_a_curriculum_of_the_config(world: World) -> None:
+    """Gaps 0.5, 1.5, 2.5 in turn: of three phases the first has the widest. Two epochs each begin easy."""
+    train = config(curriculum={"phases": 3}, comparisons_per_step=2, num_train_epochs=2)
+    schedule = preference_schedule(world.data, world.data.train, train, seed=0)
+    gaps = [world.data.train.gap[schedule.batch(step)].tolist() for step in range(schedule.total_steps)]
+    assert (
+        gaps
+        == [[2.5] * 2] * 2 + [[1.5] * 2] * 2 + [[0.5] * 2] * 2 + [[2.5] * 2] * 2 + [[1.5] * 2] * 2 + [[0.5] * 2] * 2
+    )
+    assert (schedule.steps_per_epoch, schedule.total_steps) == (6, 12)
+
+
+def test_difficulty_by_the_reference(world: World) -> None:
+    """Per token of the responses: how much likelier the rejected one is."""
+    data = world.data
+    assert data.reference is not None
+    mean = data.reference[:12, 1] / data.tokens.response_tokens[:12]
+    found = difficulty(data, data.train, "reference")
+    assert found[0] == pytest.approx(mean[1] - mean[0])
+    assert found[6] == pytest.approx(mean[3] - mean[0])  # joint: items 0 and 3
+    assert difficulty(data, data.train, "gap").tolist() == (-data.train.gap).tolist()
+
+
+def test_held_out_edges_come_as_in_training_where_that_matters(world: World, four: PreferenceData) -> None:
+    """All at once for JPO; whole lists of four; batches of two for RPO."""
+    data = replace(world.data, validation=edges([(0, 1), (2, 3), (4, 5)], [(0, 3), (2, 5)]))
+    assert [part.tolist() for part in validation_batches(data, config(), seed=0)] == [[0, 1, 2, 3, 4]]
+    rpo = validation_batches(data, config(objective="rpo", comparisons_per_step=2), seed=0)
+    assert sorted(len(part) for part in rpo) == [1, 2, 2]
+    lipo = validation_batches(four, config(objective="lipo", comparisons_per_step=2), seed=0)
+    assert sorted(sorted(part.tolist()) for part in lipo) == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize("objective", ["lipo", "rpo", "kto"])
+def test_held_out_loss_is_that_of_its_batches(objective: str, world: World, four: PreferenceData) -> None:
+    """The validation edges trained on as one epoch, the weights standing still, have the same mean loss."""
+    data = four if objective == "lipo" else world.data
+    train = config(objective=objective, lora_dropout=0.0, comparisons_per_step=2 if objective != "kto" else 64)
+    scorer = policy_scorer(world.model, train)
+    held_out = preference_task(scorer, data, train, seed=0).evaluate()
+    same = preference_task(scorer, replace(data, train=data.validation), train, seed=0)
+    batches = validation_batches(data, train, seed=0)
+    weights = [float(data.validation.weight[batch].sum()) for batch in batches]
+    losses = [same.gradients(step)["loss"] for step in range(len(batches))]
+    assert held_out["eval_loss"] == pytest.approx(np.average(losses, weights=weights), rel=1e-6)
