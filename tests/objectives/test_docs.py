@@ -1,0 +1,26 @@
+"""The table of `docs/objectives.md` has every objective with its keys and defaults."""
+
+from pathlib import Path
+
+import pytest
+
+from jpo_ray.config_objective import OBJECTIVES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+ROWS = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `") and "`objective`" not in line}
+
+
+def test_the_table_has_all_objectives() -> None:
+    assert ROWS.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_a_row_says_what_the_config_takes(name: str) -> None:
+    keys, needs, joint = (cell.strip() for cell in ROWS[name].replace("\\|", "").split("|")[4:7])
+    objective = OBJECTIVES[name]
+    for key, default in objective.keys.items():
+        assert key == "beta" or f"`{key}`" in keys
+        assert f"{default:g}" in keys or (key, default) == ("beta", 0.1)
+    assert ("reference" in needs) == ("reference" in objective.reads)
+    assert ("gaps" in needs, "embeddings" in needs) == ("gap" in objective.reads, "embedding" in objective.reads)
+    assert joint.startswith("no" if objective.conditional_only else "yes")
