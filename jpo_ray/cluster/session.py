@@ -45,11 +45,13 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    address = config.address or os.environ.get("RAY_ADDRESS") or None
-    local = {} if address else {"include_dashboard": False}
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    # `local` and not None: Ray would look for the cluster that a file of its own names, which a killed command leaves
+    # behind, and try for minutes to reach it.
+    options: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
     try:
         with _quiet_stderr():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         raise InputError(f"cluster.address: no Ray cluster answers at {address} ({error})") from error
     context = ray.data.DataContext.get_current()

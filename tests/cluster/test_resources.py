@@ -1,5 +1,9 @@
 """What a stage asks of the cluster: shared fairly, refused at once where the cluster will never have it."""
 
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,3 +125,20 @@ def test_a_session_that_exists_is_used_and_left_running(ray_cluster: Any) -> Non
     with ray_session(ClusterConfig(address="ignored:1")) as ray:
         assert ray is ray_cluster
     assert ray_cluster.is_initialized()
+
+
+@pytest.mark.ray
+def test_what_a_killed_command_left_behind_is_no_cluster() -> None:
+    """Ray notes the address of its last cluster in a file, and would try for minutes to reach one that is gone."""
+    code = (
+        "from jpo_ray.cluster.session import ray_session; from jpo_ray.config import ClusterConfig\n"
+        "with ray_session(ClusterConfig()) as ray: print(len(ray.nodes()))"
+    )
+    with tempfile.TemporaryDirectory(prefix="jpo-", dir="/tmp") as folder:  # short: Ray's sockets lie below it
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=90
+        )
+    assert done.stdout.split() == ["1"]
