@@ -7,9 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from jpo_ray.config_base import NAME_PATTERN, Cosine, Count, NonNegative, Positive, Section, Seed
+from jpo_ray.config_base import NAME_PATTERN, Cosine, Count, NonNegative, Positive, Section, Seed, Steps
 from jpo_ray.config_judge import AnnotatorConfig, JudgeConfig
 from jpo_ray.config_objective import OBJECTIVES, LossConfig, Reads
+
+SANDBOX = "sandbox"  # the embedded world: as a source's path its rows, as the model's its base model
+TINY = "tiny"  # a base model made from the run's own text
 
 
 class Source(Section):
@@ -17,12 +20,16 @@ class Source(Section):
 
     path: str  # JSON Lines, JSON or Parquet file; a Hugging Face dataset id; or `sandbox`
     format: Literal[
-        "auto", "dove", "dove_raw", "dove_single", "trl_preference", "ultrafeedback", "sft", "messages", "gold"
-    ] = "auto"
+        "auto", "dove", "dove_raw", "dove_single", "trl_preference", "ultrafeedback", "summarize", "sft", "messages",
+        "gold",
+    ] = "auto"  # fmt: skip
     split: str | None = None  # of a Hugging Face dataset
     name: str | None = None  # configuration of a Hugging Face dataset
     revision: str | None = None  # commit, tag or branch of one; name a commit, since a moved branch is not noticed
+    data_dir: str | None = None  # folder of a Hugging Face dataset
+    data_files: str | list[str] | None = None  # files of one; with path `json` or `parquet` any, `hf://` addresses too
     columns: dict[str, str] = {}  # our column name -> the file's, where they differ
+    single_turn: bool = False  # leave out conversations of more than one question and answer
     limit: Count | None = None  # read only the first rows
 
 
@@ -30,10 +37,14 @@ class ItemsConfig(Section):
     train: list[Source] = Field(min_length=1)
     validation: list[Source] = []
     test: list[Source] = []
+    sft: list[Source] = []  # to fine-tune on instead of one response to each instruction of `train`
     on_bad_rows: Literal["fail", "skip"] = "fail"
     # Leave out train (and validation) instructions that are near-duplicates of a validation or test (test) one, by
     # `pairs.near_duplicates`.
     drop_near_duplicates: bool = False
+    # Leave out instructions that have more tokens, template included; default: they stop the run where they are longer
+    # than `model.max_length`.
+    max_instruction_tokens: Count | None = None
 
 
 class BaseModelConfig(Section):
@@ -58,8 +69,9 @@ class JointPairs(Section):
     """Comparisons of items with different instructions."""
 
     # Within the band: any partner; the nearest; equal shares of `bins` ranges of similarity; every topic (`clusters` of
-    # instructions) alike; or a labelled chosen item against a rejected one.
-    strategy: Literal["random", "similar", "stratified", "diverse", "proxy"] = "random"
+    # instructions) alike; or a labelled chosen item against a rejected one. Joint pairs that the data have labels for
+    # are taken in any case; `labelled` takes no others.
+    strategy: Literal["random", "similar", "stratified", "diverse", "proxy", "labelled"] = "random"
     budget: Count | None = None  # comparisons; default as many as D_S has items, as in the paper
     validation_budget: Count | None = None  # the same for the validation split
     # Compare only within random groups of about so many items: comparisons then share items, and batches of them cost
@@ -95,6 +107,8 @@ class PairsConfig(Section):
     embedder_revision: str | None = None  # commit, tag or branch of one on the Hub
     # Instructions of this cosine or more are near-duplicates, which leak between splits: reported. null: not looked for
     near_duplicates: Annotated[float, Field(gt=0, lt=1)] | None = 0.95
+    # Compare only items of up to so many characters, the template's included.
+    max_item_characters: Count | None = None
 
 
 class OptimizerConfig(Section):
@@ -103,7 +117,7 @@ class OptimizerConfig(Section):
     learning_rate: Positive = 5e-5
     num_train_epochs: Positive = 1
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_steps: Steps = 100  # or, below 1, a share of all steps
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
@@ -248,6 +262,11 @@ class RunConfig(Section):
     def _names_fit(self) -> "RunConfig":
         if self.items.drop_near_duplicates and self.pairs.near_duplicates is None:
             raise ValueError("items.drop_near_duplicates needs the similarity to drop from: pairs.near_duplicates")
+        if (self.items.max_instruction_tokens or 0) >= self.model.max_length:
+            raise ValueError(
+                f"items.max_instruction_tokens={self.items.max_instruction_tokens} leaves no room for a response in "
+                f"model.max_length={self.model.max_length}; lower it"
+            )
         if self.evaluate is not None and self.sample is None:
             raise ValueError("evaluate judges samples and `sample` is off; set evaluate: null too")
         full = next((entry.name for entry in self.train if not entry.use_peft), None)

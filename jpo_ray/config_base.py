@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of models: they become folder and file names
 
@@ -12,6 +12,16 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
+
+
+def _whole_or_share(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("must be a whole number of steps, or below 1 a share of them")
+    return int(value) if value == int(value) else value
+
+
+# A number of steps or, below 1, a share of all of them.
+Steps = Annotated[float, Field(ge=0), AfterValidator(_whole_or_share)]
 
 
 class Section(BaseModel):

@@ -17,7 +17,7 @@ ID_HEX_DIGITS = 20  # 80 bits: a collision among a billion rows has a chance bel
 
 VERDICTS = ("a", "b", "tie", "invalid")
 PROTOCOLS = ("conditional", "joint")
-SPLITS = ("train", "validation", "test")
+SPLITS = ("sft", "train", "validation", "test")  # an instruction that is in several stays in the last of them
 
 ITEMS = pa.schema(
     [

@@ -25,6 +25,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "dove_single": ("instruction", "response_0", "response_1"),
     "trl_preference": ("chosen", "rejected"),
     "ultrafeedback": ("instruction", "completions"),
+    "summarize": ("info", "summaries", "choice"),
     "messages": ("messages",),
     "gold": ("instruction", "gold_response"),
     "sft": ("instruction", "response"),
@@ -53,6 +54,7 @@ class Row:
     where: str  # "file.jsonl line 12" or "file.parquet row 12", for errors
     kind: str  # its format
     ratings: tuple[float | None, ...] = ()  # of the items, where the data rate them
+    single_turn: bool = True  # whether no instruction holds earlier turns of its conversation
 
 
 class BadRow(InputError):
@@ -87,12 +89,18 @@ def row_of(values: dict[str, Any], kind: str, where: str) -> Row:
     verdict: LabelVerdict | None = "a" if kind in ("dove", "trl_preference") else None
     gold: str | None = None
     items: tuple[Item, ...]
+    single_turn = True
     if kind == "trl_preference":
-        items = (_trl_item(values, "chosen", where), _trl_item(values, "rejected", where))
+        sides = {side: _trl_messages(values, side, where) for side in ("chosen", "rejected")}
+        items = tuple(_item(messages, side, where) for side, messages in sides.items())
+        single_turn = all(map(_is_single_turn, sides.values()))
     elif kind == "ultrafeedback":
         return _ultrafeedback_row(values, where)
+    elif kind == "summarize":
+        return _summarize_row(values, where)
     elif kind == "messages":
-        items = (_item(_messages(values, "messages", where), "messages", where),)
+        messages = _messages(values, "messages", where)
+        items, single_turn = (_item(messages, "messages", where),), _is_single_turn(messages)
     elif kind == "dove_single":
         instruction, *responses = [_text(values, name, where) for name in REQUIRED[kind]]
         items = ((instruction, responses[0]), (instruction, responses[1]))
@@ -105,7 +113,8 @@ def row_of(values: dict[str, Any], kind: str, where: str) -> Row:
     elif kind == "gold":
         gold = items[0][1]
     ratings = tuple(_rating(values.get(name), name, where) for name in RATINGS.get(kind, ()))
-    return Row(items, verdict, gold, where, kind, ratings if any(rating is not None for rating in ratings) else ())
+    rated = ratings if any(rating is not None for rating in ratings) else ()
+    return Row(items, verdict, gold, where, kind, rated, single_turn)
 
 
 def _ultrafeedback_row(values: dict[str, Any], where: str) -> Row:
@@ -117,6 +126,26 @@ def _ultrafeedback_row(values: dict[str, Any], where: str) -> Row:
     items = tuple((instruction, _text(each, "response", where)) for each in completions)
     ratings = tuple(_rating(each.get("overall_score"), "overall_score", where) for each in completions)
     return Row(items, None, None, where, "ultrafeedback", ratings)
+
+
+def _summarize_row(values: dict[str, Any], where: str) -> Row:
+    """OpenAI's `summarize_from_feedback`, `comparisons`: two summaries of a post, and which of them (0, 1) was chosen.
+
+    The summaries begin with a space, which is left out. Rows about an article have no post.
+    """
+    info, summaries, choice = (values[name] for name in REQUIRED["summarize"])
+    if not isinstance(info, dict):
+        raise BadRow(where, "bad `info`", f"`info` is {shorten(info)}, not an object")
+    if not info.get("post"):
+        raise BadRow(where, "no `info.post`", "`info.post` is empty, as in rows about an article")
+    two = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(each, dict) for each in summaries)
+    if not two:
+        raise BadRow(where, "bad `summaries`", f"`summaries` is {shorten(summaries)}, not a list of two objects")
+    if isinstance(choice, bool) or choice not in (0, 1):
+        raise BadRow(where, "bad `choice`", f"`choice` is {shorten(choice)}, not 0 or 1")
+    post = _text(info, "post", where)
+    items = tuple((post, _text(each, "text", where).strip()) for each in summaries)
+    return Row(items, "b" if choice else "a", None, where, "summarize")
 
 
 def _rating(value: Any, name: str, where: str) -> float | None:
@@ -143,8 +172,8 @@ def _feedback(value: Any, where: str) -> LabelVerdict | None:
     return verdict
 
 
-def _trl_item(values: dict[str, Any], side: str, where: str) -> Item:
-    """The item of one side; its instruction is `prompt` unless the side is a whole conversation."""
+def _trl_messages(values: dict[str, Any], side: str, where: str) -> list[Item]:
+    """(role, content) of one side; the instruction is `prompt` unless the side is a whole conversation."""
     prompt, answer = values.get("prompt"), values.get(side)
     if isinstance(answer, list):
         messages = _messages(values, side, where)
@@ -156,7 +185,7 @@ def _trl_item(values: dict[str, Any], side: str, where: str) -> Item:
         messages = [*_messages(values, "prompt", where), *messages]
     elif prompt is not None and len(messages) == 1:  # else the prompt only repeats its start, as in UltraFeedback
         messages = [("user", _text(values, "prompt", where)), *messages]
-    return _item(messages, side, where)
+    return messages
 
 
 def _hh_messages(text: str) -> list[Item]:
@@ -197,6 +226,11 @@ def instruction_of(messages: list[Item]) -> str:
 
 def _spoken(messages: list[Item]) -> list[Item]:
     return [(role, content) for role, content in messages if role != "system" or content.strip()]
+
+
+def _is_single_turn(messages: list[Item]) -> bool:
+    """Whether the assistant speaks once."""
+    return sum(role == "assistant" for role, _ in messages) == 1
 
 
 def _text(values: dict[str, Any], name: str, where: str) -> str:

@@ -1,7 +1,7 @@
 """Items and ready-made labels out of the rows of all sources.
 
 D of the paper has each instruction once per source; an instruction lives in one split only; D_S (the `sft` flag) has
-one response per instruction of the train and validation splits.
+one response per instruction of the train and validation splits, and all that fine-tuning has of its own (split `sft`).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from jpo_ray.data.formats import LabelVerdict, Row
 from jpo_ray.data.sources import SourceRows
 
 NOWHERE = ""  # the split of an instruction that is left out
-_SFT_SPLITS = ("train", "validation")
+_SFT_SPLITS = ("sft", "train", "validation")
 _GOLD_SPLITS = ("validation", "test")
 _ITEM_COLUMNS = ("instruction_id", "instruction", "response", "source", "split")
 _Use = dict[str, dict[str, None]]
@@ -66,9 +66,10 @@ class _Found:
 
 
 def build_items(
-    rows: Mapping[str, Sequence[SourceRows]], seed: int, without: Collection[str] = frozenset()
+    rows: Mapping[str, Sequence[SourceRows]], seed: int, without: Mapping[str, Collection[str]] | None = None
 ) -> ItemTables:
-    """Merge the rows of each split's sources into items and labels, leaving out the instructions of `without` (ids).
+    """Merge the rows of each split's sources into items and labels, leaving out the instructions of `without`: ids by
+    the reason, under which they are counted.
 
     An instruction that occurs in several splits stays in the most protected one: test, else validation. The response of
     D_S is the one that an SFT source gives, else one of the instruction's responses, drawn by a hash of `seed` and the
@@ -81,7 +82,7 @@ def build_items(
     - `repeated`: rows dropped because an earlier row of their source has the instruction
     - `merged`: times that an instruction was met again in another source of its split
     - `leaked`: times that an instruction was taken out of a split because a more protected one has it
-    - `near_duplicates`: instructions of `without`
+    - `near_duplicates`, `too_long`: instructions of `without`
     - `leaked_labels`: labels dropped because an item was taken out
     - `identical_labels`: labels dropped because they compare an item with itself
     - `repeated_labels`: labels given again; `contradictory`: pairs dropped because their labels disagree
@@ -92,8 +93,11 @@ def build_items(
         counts["skipped"] += sum(source.skipped.values())
         counts.update({f"skipped: {reason}": number for reason, number in source.skipped.items()})
     placed = list(_distinct_rows(rows, counts))
-    homes = _homes(placed, counts) | dict.fromkeys(without, NOWHERE)
-    counts["near_duplicates"] = len(without)
+    homes = _homes(placed, counts)
+    counts.update(near_duplicates=0, too_long=0)
+    for reason, ids in (without or {}).items():
+        homes |= dict.fromkeys(ids, NOWHERE)
+        counts[reason] = len(ids)
     found = _collect(placed, homes, counts)
     labels = _settle(found.labels, counts)
     sft = _choose_sft(found, seed)
@@ -228,7 +232,7 @@ def _count(found: _Found, labels: Sequence[_Label], sft: set[str], gold: set[str
     for split in records.SPLITS:
         counts[f"{split}_instructions"] = sum(home == split for home in homes.values())
         counts[f"{split}_items"] = sum(item[4] == split for item in found.items.values())
-        if split in _SFT_SPLITS:
+        if split in _SFT_SPLITS and split != "sft":
             counts[f"{split}_sft"] = sum(found.items[item_id][4] == split for item_id in sft)
         if split in _GOLD_SPLITS:
             counts[f"{split}_gold"] = sum(found.items[item_id][4] == split for item_id in gold)

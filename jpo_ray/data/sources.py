@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -34,15 +35,18 @@ class SourceRows:
     files: list[tuple[str, str]]  # (path, sha256); for a dataset its name and split, and the sha256 of the rows read
 
 
-def read_source(source: Source, on_bad_rows: Literal["fail", "skip"]) -> SourceRows:
-    """Read a source's rows. Raises `InputError` that names file, row and key of what cannot be read."""
+def read_source(source: Source, on_bad_rows: Literal["fail", "skip"], *, cached_only: bool = False) -> SourceRows:
+    """Read a source's rows. Raises `InputError` that names file, row and key of what cannot be read.
+
+    With `cached_only` nothing is asked of the Hugging Face Hub: its datasets are read where they were before.
+    """
     path = Path(source.path).expanduser()
     if path.is_file():
         rows = parse_rows(_file_records(path, source.path), source, on_bad_rows)
         return replace(rows, files=[(source.path, hash_file(path))])
     if not path.is_dir() and _names_a_file(source.path):
         raise InputError(f"{source.path}: no such file (nor a Hugging Face dataset id)")
-    dataset, label = _load_dataset(source)
+    dataset, label = _load_dataset(source, cached_only=cached_only)
     digest = hashlib.sha256()
     rows = parse_rows(_dataset_records(dataset, label, digest.update), source, on_bad_rows)
     return replace(rows, files=[(label, digest.hexdigest())])
@@ -84,11 +88,15 @@ def parse_rows(records: Iterable[Record], source: Source, on_bad_rows: Literal["
             first_bad = first_bad or bad
             skipped[bad.reason] += 1
         else:
-            rows.append(row)
+            if row.single_turn or not source.single_turn:
+                rows.append(row)
+            else:
+                skipped["more than one turn"] += 1
     if absent and rows:
         raise InputError(f"{source.path}: columns: no row has a column `{min(absent)}`; check the source's `columns`")
     if not rows:
-        raise InputError(f"no usable row: {first_bad}" if first_bad else f"{source.path}: has no rows")
+        none = "no conversation of one turn" if skipped else "no rows"
+        raise InputError(f"no usable row: {first_bad}" if first_bad else f"{source.path}: has {none}")
     return SourceRows(source.path, kind, rows, dict(skipped), [])
 
 
@@ -166,17 +174,46 @@ def _names_a_file(path: str) -> bool:
     return Path(path).suffix.lower() in _FILE_SUFFIXES or path[:1] in "./~" or len(rest) > 1 or own_folder
 
 
-def _load_dataset(source: Source) -> tuple[Any, str]:
+def is_remote(source: Source) -> bool:
+    """Whether a source is a dataset of the Hugging Face Hub, or files at addresses of their own."""
+    return not Path(source.path).expanduser().exists() and not _names_a_file(source.path)
+
+
+def source_name(source: Source) -> str:
+    """The source, and the part of it that is read, for people."""
+    files = [source.data_files] if isinstance(source.data_files, str) else source.data_files or []
+    return "/".join(filter(None, (source.path, source.data_dir, "+".join(files))))
+
+
+def _load_dataset(source: Source, *, cached_only: bool) -> tuple[Any, str]:
     """One split (`train` by default) of a Hugging Face dataset, from the Hub or a folder; and what to call it."""
     split = source.split or "train"
     try:
-        return _quietly_loaded(source, split), f"{source.path}[{split}]"
+        with _offline() if cached_only else nullcontext():
+            return _quietly_loaded(source, split), f"{source_name(source)}[{split}]"
     except Exception as error:  # the library and the network raise dozens of kinds
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"{source.path}: no Hugging Face dataset could be loaded, split {split} ({problem[:300]}); check the id, "
-            "the source's `name` and `split`, the network and HF_TOKEN"
+            "the source's `name`, `split`, `data_dir` and `data_files`, the network and HF_TOKEN"
         ) from error
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The libraries of the Hub look into their caches alone."""
+    import datasets
+    import huggingface_hub
+
+    settings = (datasets.config, huggingface_hub.constants)
+    before = [setting.HF_HUB_OFFLINE for setting in settings]
+    for setting in settings:
+        setting.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.HF_HUB_OFFLINE = value
 
 
 def _quietly_loaded(source: Source, split: str) -> Any:
@@ -187,7 +224,14 @@ def _quietly_loaded(source: Source, split: str) -> Any:
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        return load_dataset(source.path, name=source.name, revision=source.revision, split=split)
+        return load_dataset(
+            source.path,
+            name=source.name,
+            revision=source.revision,
+            split=split,
+            data_dir=source.data_dir,
+            data_files=source.data_files,
+        )
     finally:
         logging.set_verbosity(before)
 

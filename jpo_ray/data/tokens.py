@@ -18,6 +18,7 @@ import numpy.typing as npt
 from jpo_ray.errors import InputError
 
 CHAT = "chat"
+MARK = "\n"
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def response_ids(tokenizer: Any, layout: Layout, responses: Sequence[str]) -> li
     """Response part of each response, closed by EOS."""
     if layout.template == CHAT:
         _require_chat_template(tokenizer)
-        ids = _encode(tokenizer, [_chat_suffix(tokenizer, text) for text in responses])
+        ids = _encode_after(tokenizer, [_chat_suffix(tokenizer, text) for text in responses])
     else:
-        ids = _encode(tokenizer, [layout.response_prefix + text for text in responses])
+        ids = _encode_after(tokenizer, [layout.response_prefix + text for text in responses])
     eos = tokenizer.eos_token_id
     return [row if row[-1:] == [eos] else [*row, eos] for row in ids]
 
@@ -158,6 +159,20 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         "input_ids"
     ]
     return encoded
+
+
+def _encode_after(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts that follow another one.
+
+    Tokenizers in the manner of SentencePiece (Llama's, Mistral's) put a space before whatever they are given. That of a
+    text in the middle is kept away by a line break before it, which merges with nothing there.
+    """
+    (mark, alone, after) = _encode(tokenizer, [MARK, "a", MARK + "a"])
+    if after == mark + alone:
+        return _encode(tokenizer, texts)
+    plain, marked = _encode(tokenizer, texts), _encode(tokenizer, [MARK + text for text in texts])
+    both = zip(plain, marked, strict=True)
+    return [ids[len(mark) :] if ids[: len(mark)] == mark else whole for whole, ids in both]
 
 
 def _chat_suffix(tokenizer: Any, response: str) -> str:

@@ -5,6 +5,7 @@ Rows 0..n-1 are the items. For KTO, row n + i is a mismatched item: item i's ins
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,3 +72,12 @@ def mismatched_partners(instruction_ids: Sequence[str], seed: int) -> npt.NDArra
                 partners[item] = candidate
                 break
     return partners
+
+
+def mismatched_rows(
+    rows: Sequence[dict[str, Any]], partners: dict[str, str], by_id: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """For each item that has a partner, its instruction with the partner's response."""
+    return [
+        row | {"response": by_id[partners[row["item_id"]]]["response"]} for row in rows if row["item_id"] in partners
+    ]

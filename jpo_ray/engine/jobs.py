@@ -15,7 +15,7 @@ from jpo_ray import records
 from jpo_ray.config import BaseModelConfig, OptimizerConfig, SFTConfig, TrainConfig
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.checkpoints import newest_checkpoint
-from jpo_ray.engine.dataset import EdgeList, PreferenceData, edge_list
+from jpo_ray.engine.dataset import EdgeList, PreferenceData, edge_list, mismatched_rows
 from jpo_ray.engine.loop import Progress, train
 from jpo_ray.engine.model import DTYPES, load_model, load_policy, load_tokenizer
 from jpo_ray.engine.scoring import Scorer, make_scorer
@@ -48,21 +48,24 @@ def train_sft(
     model: BaseModelConfig,
     config: SFTConfig,
 ) -> dict[str, Any]:
-    """Fine-tune all parameters on D_S, the loss on the responses; returns the trainer state with data counts."""
+    """Fine-tune all parameters on the split `sft`, else on D_S, the loss on the responses; returns the trainer state
+    with data counts.
+    """
     tokenizer = load_tokenizer(base)
     table = records.read_table(items / "items.parquet", records.ITEMS)
-    rows = [row for row in table.to_pylist() if row["sft"] and row["split"] in ("train", "validation")]
+    trained_on = "sft" if "sft" in table["split"].to_pylist() else "train"
+    rows = [row for row in table.to_pylist() if row["sft"] and row["split"] in (trained_on, "validation")]
     tokens = _tokenize(tokenizer, model, rows)
-    of_split = {split: _numbers(row["split"] == split for row in rows) for split in ("train", "validation")}
-    if not len(of_split["train"]):
+    of_split = {split: _numbers(row["split"] == split for row in rows) for split in (trained_on, "validation")}
+    if not len(of_split[trained_on]):
         raise InputError("sft: no training items; check items.train")
     policy = load_model(base, dtype="float32", device=_loads_on(device, config))
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = _spread(make_scorer(policy, dropout_seed=_seed(config), autocast=_autocast(model)), config, device)
-    task = sft_task(scorer, tokens, of_split["train"], of_split["validation"], config, _seed(config))
+    task = sft_task(scorer, tokens, of_split[trained_on], of_split["validation"], config, _seed(config))
     state = train(policy, tokenizer, task, config, out, progress=progress, final_dtype=DTYPES[model.dtype])
-    return state | {"truncated": tokens.truncated, "items": len(of_split["train"])}
+    return state | {"truncated": tokens.truncated, "items": len(of_split[trained_on])}
 
 
 def train_preferences(
@@ -152,15 +155,6 @@ def _embeddings_of(inputs: PreferenceInputs, rows: Sequence[dict[str, Any]]) -> 
     place = {name: number for number, name in enumerate(table["instruction_id"].to_pylist())}
     vectors = np.stack(table["vector"].to_numpy())
     return vectors[[place[row["instruction_id"]] for row in rows]]
-
-
-def mismatched_rows(
-    rows: Sequence[dict[str, Any]], partners: dict[str, str], by_id: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """For each item that has a partner, its instruction with the partner's response."""
-    return [
-        row | {"response": by_id[partners[row["item_id"]]]["response"]} for row in rows if row["item_id"] in partners
-    ]
 
 
 def _partners(reference: pa.Table, used: Mapping[str, int], config: TrainConfig) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 
 from jpo_ray.config import OptimizerConfig
 from jpo_ray.engine.checkpoints import keep_only, load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
-from jpo_ray.engine.optim import learning_rate, make_optimizer
+from jpo_ray.engine.optim import learning_rate, make_optimizer, warmup_steps
 from jpo_ray.engine.sharding import whole
 from jpo_ray.engine.step import rank_and_world, sum_over_workers, trainable
 from jpo_ray.files import write_json
@@ -56,7 +56,8 @@ def train(
     parameters = trainable(model)
     optimizer = make_optimizer(parameters, config)
     state: dict[str, Any] = {"global_step": 0, "max_steps": task.total_steps, "num_tokens": 0, "log_history": []}
-    state |= {"best_metric": None, "best_model_checkpoint": None, "epoch": 0.0, "warmup_steps": config.warmup_steps}
+    state |= {"best_metric": None, "best_model_checkpoint": None, "epoch": 0.0}
+    state["warmup_steps"] = warmup_steps(config, task.total_steps)
     resumed = newest_checkpoint(out)
     if resumed is not None:
         state = load_checkpoint(resumed, model, optimizer)

@@ -24,11 +24,18 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> A
     return kinds[config.optim](parameters, **options)
 
 
+def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
+    """Steps of the linear warm-up; a share is rounded up."""
+    share = 0 < config.warmup_steps < 1
+    return math.ceil(total_steps * config.warmup_steps) if share else int(config.warmup_steps)
+
+
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Rate of update `step` (counted from 0): linear warm-up from 0, then the schedule down to 0 at `total_steps`."""
-    if step < config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    warmup = warmup_steps(config, total_steps)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
     if config.lr_scheduler_type == "constant":
         return config.learning_rate
     if config.lr_scheduler_type == "linear":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jpo_ray.config import RunConfig
+from jpo_ray.config import TINY, RunConfig
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
 from jpo_ray.pipeline import (
@@ -22,6 +22,7 @@ from jpo_ray.pipeline import (
 from jpo_ray.pipeline.annotating import check_annotator
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec, build, run_stage, show, stands
+from jpo_ray.pipeline.instructions import check_instructions_fit
 from jpo_ray.runs import RunDir, open_run
 
 STAGES: dict[str, Callable[[Context], list[Spec]]] = {
@@ -58,7 +59,7 @@ def run_stages(
             else:
                 run_stage(context, stage)
             if stage == "items" and "sft" in stages:
-                model_stages.check_instructions_fit(context)
+                check_instructions_fit(context)
         if "report" in stages:
             _summarise(context)
 
@@ -104,7 +105,7 @@ def _check_early(context: Context, stages: Sequence[str]) -> None:
     from jpo_ray.cluster.sampling import choose_engine
     from jpo_ray.engine.model import load_tokenizer
 
-    if "sft" in stages and context.config.model.model_name_or_path != model_stages.TINY:
+    if "sft" in stages and context.config.model.model_name_or_path != TINY:
         load_tokenizer(model_stages.base_model(context)[0])
     sample, evaluate, items = context.config.sample, context.config.evaluate, context.config.items
     if "sample" in stages and sample is not None:

@@ -4,15 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from jpo_ray import records
-from jpo_ray.config import TrainConfig
-from jpo_ray.data.tokens import check_lengths, tokenize, tokenizer_hash
+from jpo_ray.config import SANDBOX, TINY, TrainConfig
+from jpo_ray.data.tokens import tokenize, tokenizer_hash
 from jpo_ray.errors import InputError
 from jpo_ray.pipeline.console import Bar, progress_bar
 from jpo_ray.pipeline.context import Context, Spec
-from jpo_ray.pipeline.item_stage import SANDBOX
 
-TINY = "tiny"
 TRAINED = ("comparisons", "validation_comparisons", "items_per_comparison", "truncated")  # facts of a training
 
 
@@ -25,14 +25,14 @@ def base_specs(context: Context) -> list[Spec]:
     def make(out: Path) -> dict[str, Any]:
         from jpo_ray.sandbox.model import make_tiny_model
 
-        texts = _texts(records.read_table(context.path("items") / "items.parquet", records.ITEMS))
+        texts = item_texts(records.read_table(context.path("items") / "items.parquet", records.ITEMS))
         make_tiny_model(texts, out, seed=context.config.seed)
         return {"texts": len(texts)}
 
     return [Spec("base", "sft", {"items": items}, {"seed": context.config.seed}, make)]
 
 
-def _texts(items: Any) -> list[str]:
+def item_texts(items: Any) -> list[str]:
     """The distinct texts of the items, from which a tiny model's tokenizer is made."""
     return list(dict.fromkeys([*items["instruction"].to_pylist(), *items["response"].to_pylist()]))
 
@@ -52,20 +52,6 @@ def base_model(context: Context) -> tuple[Path, str]:
     else:
         folder = resolve_model(name)
     return folder, model_hash(folder, cache_folder())
-
-
-def check_instructions_fit(context: Context) -> None:
-    """Raise `InputError` for an instruction longer than `max_length` now, before pairs and judging are paid for."""
-    from jpo_ray.engine.jobs import layout_of
-    from jpo_ray.engine.model import load_tokenizer
-    from jpo_ray.sandbox.model import TINY_VOCABULARY, make_tokenizer
-
-    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
-    if context.config.model.model_name_or_path == TINY:  # as the `sft` stage will make it
-        tokenizer = make_tokenizer(_texts(items), TINY_VOCABULARY)
-    else:
-        tokenizer = load_tokenizer(base_model(context)[0])
-    check_lengths(tokenizer, layout_of(context.config.model), items["instruction"].to_pylist())
 
 
 def sft_model(context: Context) -> tuple[Path, str]:
@@ -117,23 +103,14 @@ def reference_specs(context: Context) -> list[Spec]:
 def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
     from jpo_ray.cache import cache_folder
     from jpo_ray.cluster.reference import reference_scores
-    from jpo_ray.engine.dataset import mismatched_partners
-    from jpo_ray.engine.jobs import layout_of, mismatched_rows
+    from jpo_ray.engine.jobs import layout_of
     from jpo_ray.engine.model import load_tokenizer, weights_hash
     from jpo_ray.engine.reference import reference_key
 
     model, cache = context.config.model, cache_folder()
     folder = sft_model(context)[0]
-    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS).to_pylist()
-    rows, sources = items, [row["item_id"] for row in items]
-    if mismatched:
-        partners: dict[str, str] = {}
-        for split in records.SPLITS:  # a test response must not enter training, not even in the reference point
-            here = [row for row in items if row["split"] == split]
-            order = mismatched_partners([row["instruction_id"] for row in here], context.config.seed)
-            partners |= {row["item_id"]: here[other]["item_id"] for row, other in zip(here, order, strict=True)}
-        rows = items + mismatched_rows(items, partners, {row["item_id"]: row for row in items})
-        sources += [partners[row["item_id"]] for row in items]
+    table = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
+    rows, sources = reference_rows(table, context.config.seed, mismatched=mismatched)
     tokenizer = load_tokenizer(folder)
     layout = layout_of(model)
     tokens = tokenize(tokenizer, layout, [row["instruction"] for row in rows], [row["response"] for row in rows])
@@ -159,7 +136,7 @@ def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
         )
     if not scored:
         context.console.print("  every item was in the reference cache: no forward pass", highlight=False)
-    table = [
+    scored_rows = [
         {
             "item_id": row["item_id"],
             "response_of": source,
@@ -172,13 +149,32 @@ def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
             rows, sources, scores, tokens.instruction_tokens, tokens.response_tokens, strict=True
         )
     ]
-    records.write_table(out / "reference.parquet", table, records.REFERENCE)
+    records.write_table(out / "reference.parquet", scored_rows, records.REFERENCE)
     return {
-        "items": len(items),
+        "items": len(rows) // (2 if mismatched else 1),
         "scored now": scored,
         "truncated": tokens.truncated,
         "tokens": int(tokens.lengths.sum()),
     }
+
+
+def reference_rows(items: pa.Table, seed: int, *, mismatched: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows that the reference scores (for KTO also each instruction with another one's response), and the ids of the
+    items whose responses they have. Fine-tuning's own items are compared with nothing, so they are not scored.
+    """
+    from jpo_ray.engine.dataset import mismatched_partners, mismatched_rows
+
+    rows = [row for row in items.to_pylist() if row["split"] != "sft"]
+    sources = [row["item_id"] for row in rows]
+    if not mismatched:
+        return rows, sources
+    partners: dict[str, str] = {}
+    for split in records.SPLITS:  # a test response must not enter training, not even in the reference point
+        here = [row for row in rows if row["split"] == split]
+        order = mismatched_partners([row["instruction_id"] for row in here], seed)
+        partners |= {row["item_id"]: here[other]["item_id"] for row, other in zip(here, order, strict=True)}
+    sources += [partners[item] for item in sources]
+    return rows + mismatched_rows(rows, partners, {row["item_id"]: row for row in rows}), sources
 
 
 def train_specs(context: Context) -> list[Spec]:

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jpo_ray import records
-from jpo_ray.config import JointPairs, PairsConfig
+from jpo_ray.config import JointPairs, PairsConfig, RunConfig
 from jpo_ray.errors import InputError
 from jpo_ray.pairs.clusters import cluster
 from jpo_ray.pairs.embedding import vector_column, vectors_of
+from jpo_ray.pairs.members import conditional_pairs, joint_wish, labelled_pairs, short_items
 from jpo_ray.pairs.sides import Side, item_keys, random_groups
 from jpo_ray.pairs.strategies import STRATEGIES
 from jpo_ray.pipeline.console import progress_bar
@@ -28,6 +29,7 @@ ITEM_COLUMNS = ["item_id", "instruction_id", "split", "sft"]
 LEAKS_INTO = {"train": ("validation", "test"), "validation": ("test",), "test": ()}  # split -> more protected ones
 
 Vectors = npt.NDArray[np.float16]
+Labels = list[dict[str, Any]]
 
 
 def pairs_specs(context: Context) -> list[Spec]:
@@ -43,7 +45,7 @@ def pairs_specs(context: Context) -> list[Spec]:
         "pairs",
         "pairs",
         {"items": items, "embeddings": embeddings.fingerprint},
-        {"pairs": context.config.pairs.model_dump(), "seed": context.config.seed},
+        pair_slice(context.config),
         lambda out: _pair_resumably(context, out),
         keep_partial=True,  # tiles that were done before a kill
     )
@@ -58,6 +60,12 @@ def embedding_slice(config: PairsConfig) -> dict[str, Any]:
         "near_duplicates": config.near_duplicates,
         "approximate_above": (config.joint or JointPairs()).approximate_above,
     }
+
+
+def pair_slice(config: RunConfig) -> dict[str, Any]:
+    """What pairs depend on besides items and embeddings."""
+    layout = {"template", "response_prefix"} if config.pairs.max_item_characters else set()
+    return {"pairs": config.pairs.model_dump(), "seed": config.seed, **config.model.model_dump(include=layout)}
 
 
 def leaking_instructions(context: Context, items: pa.Table) -> set[str]:
@@ -90,9 +98,10 @@ def _embed(context: Context, out: Path) -> dict[str, Any]:
 
 
 def _vectors(context: Context, items: pa.Table) -> tuple[list[str], Vectors, dict[str, Any]]:
-    """Ids and vectors of all distinct instructions, and what to tell about them."""
+    """Ids and vectors of all distinct instructions of items to compare, and what to tell about them."""
     from jpo_ray.cluster.embedding import embed_texts
 
+    items = items.filter(pc.not_equal(items["split"], "sft"))  # which is compared with nothing
     texts = dict(zip(items["instruction_id"].to_pylist(), items["instruction"].to_pylist(), strict=True))
     config = context.config
     with progress_bar(context.console, "embedding instructions") as bar:
@@ -146,7 +155,9 @@ def _pair_resumably(context: Context, out: Path) -> dict[str, Any]:
 
 
 def _pair(context: Context, out: Path, tiles: Path) -> dict[str, Any]:
-    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS).select(ITEM_COLUMNS)
+    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
+    items = short_items(items, context.config.pairs.max_item_characters, context.config.model).select(ITEM_COLUMNS)
+    labels = records.read_table(context.path("items") / "labels.parquet", records.LABELS).to_pylist()
     embeddings = records.read_table(context.path("embeddings") / "embeddings.parquet", records.EMBEDDINGS)
     row_of = {name: row for row, name in enumerate(embeddings["instruction_id"].to_pylist())}
     shared = None
@@ -160,10 +171,10 @@ def _pair(context: Context, out: Path, tiles: Path) -> dict[str, Any]:
     for split in ("train", "validation"):
         here = items.filter(pc.equal(items["split"], split)).to_pylist()
         if context.config.pairs.conditional:
-            rows += _conditional(here, split)
+            rows += [_pair_row(a, b, "conditional", 1.0, "conditional", split) for a, b in conditional_pairs(here)]
         if shared and here:
-            rows += _labelled(context, here, split, row_of, shared.array)
-            joint, found = _joint(context, here, split, row_of, shared, tiles / split)
+            rows += _labelled(here, labels, split, row_of, shared.array)
+            joint, found = _joint(context, here, labels, split, row_of, shared, tiles / split)
             rows += joint
             notes |= {name if name == "warning" else f"{split} {name}": value for name, value in found.items()}
     distinct = list({row["pair_id"]: row for row in reversed(rows)}.values())[::-1]  # a labelled pair stays as such
@@ -172,36 +183,22 @@ def _pair(context: Context, out: Path, tiles: Path) -> dict[str, Any]:
     return {f"{split} {protocol}": kinds.count((split, protocol)) for split, protocol in dict.fromkeys(kinds)} | notes
 
 
-def _conditional(items: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """All pairs of responses of each instruction."""
-    of_instruction: dict[str, list[str]] = {}
-    for item in items:
-        of_instruction.setdefault(item["instruction_id"], []).append(item["item_id"])
-    return [
-        _pair_row(a, b, "conditional", 1.0, "conditional", split)
-        for members in of_instruction.values()
-        for place, a in enumerate(members)
-        for b in members[place + 1 :]
-    ]
-
-
 def _labelled(
-    context: Context, items: list[dict[str, Any]], split: str, row_of: dict[str, int], vectors: Vectors
+    items: list[dict[str, Any]], labels: Labels, split: str, row_of: dict[str, int], vectors: Vectors
 ) -> list[dict[str, Any]]:
-    """The joint comparisons that the data have labels for: all of them, beside the budget and the band."""
+    """The joint comparisons that the data have labels for."""
     instruction_of = {item["item_id"]: item["instruction_id"] for item in items}
     rows = []
-    for label in records.read_table(context.path("items") / "labels.parquet", records.LABELS).to_pylist():
-        a, b = (instruction_of.get(label[side]) for side in ("item_a", "item_b"))
-        if a is not None and b is not None and a != b:
-            similarity = float(vectors[row_of[a]].astype(np.float32) @ vectors[row_of[b]].astype(np.float32))
-            rows.append(_pair_row(label["item_a"], label["item_b"], "joint", similarity, "labelled", split))
+    for ends in labelled_pairs(items, labels):
+        a, b = (vectors[row_of[instruction_of[end]]].astype(np.float32) for end in ends)
+        rows.append(_pair_row(*ends, "joint", float(a @ b), "labelled", split))
     return rows
 
 
 def _joint(
     context: Context,
     items: list[dict[str, Any]],
+    labels: Labels,
     split: str,
     row_of: dict[str, int],
     vectors: "SharedVectors",
@@ -212,25 +209,15 @@ def _joint(
 
     config, seed = context.config.pairs.joint, context.config.seed
     assert config is not None
-    members = [item for item in items if item["sft"]]
-    left, right = (members, members) if config.strategy != "proxy" else _chosen_and_rejected(context, items)
-    if not left or not right:
-        if split == "validation" or config.strategy != "proxy":
-            return [], {}
-        raise InputError("pairs.joint.strategy: proxy needs labelled comparisons in items.train; there are none")
-    groups = -(-len(left) // config.group_size) if config.group_size else None
-    most = len(left) * len(right) if right is not left else len(left) * (len(left) - 1) // 2
-    key = "budget" if split == "train" else "validation_budget"
-    asked = getattr(config, key)
-    at_most = split == "validation" and not asked  # limits and a band may leave few of its few items
-    if at_most:
-        config = config.model_copy(update={"min_per_item": 0, "connected": False})
-    budget = asked or min(most, _default_budget(config, len(members), len(left), len(right), two=right is not left))
-    if not budget:
+    wish = joint_wish(config, items, labels, split)
+    if wish is None:
         return [], {}
+    left, right, config = wish.left, wish.right, wish.config
+    groups = -(-len(left) // config.group_size) if config.group_size else None
+    key = "budget" if split == "train" else "validation_budget"
     rows = _side(left, row_of, groups, vectors.array, config, seed)
     columns = rows if right is left else _side(right, row_of, groups, vectors.array, config, seed)
-    problem = JointProblem(rows, columns, vectors, config, budget, seed, f"pairs.joint.{key}", at_most)
+    problem = JointProblem(rows, columns, vectors, config, wish.budget, seed, f"pairs.joint.{key}", wish.at_most)
     with progress_bar(context.console, f"candidate pairs ({split})") as bar:
         choice = joint_pairs(context.ray(), problem, bar, tiles)
     pairs = [
@@ -239,31 +226,6 @@ def _joint(
         for pair in choice.pairs.to_pylist()
     ]  # fmt: skip
     return pairs, choice.notes
-
-
-def _default_budget(config: JointPairs, items: int, left: int, right: int, *, two: bool) -> int:
-    """As many pairs as D_S has items, as in the paper, or as the limits ask for or allow."""
-    nodes = left + right if two else left
-    wanted = max(items, -(-nodes * config.min_per_item // (1 if two else 2)), nodes - 1 if config.connected else 0)
-    if config.max_per_item is None:
-        return wanted
-    return min(wanted, config.max_per_item * (min(left, right) if two else left) // (1 if two else 2))
-
-
-def _chosen_and_rejected(
-    context: Context, items: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Items that are only ever chosen, and only ever rejected, by the ready-made labels."""
-    chosen, rejected = set(), set()
-    for label in records.read_table(context.path("items") / "labels.parquet", records.LABELS).to_pylist():
-        if label["verdict"] in ("a", "b"):
-            winner, loser = ("item_a", "item_b") if label["verdict"] == "a" else ("item_b", "item_a")
-            chosen.add(label[winner])
-            rejected.add(label[loser])
-    return (
-        [item for item in items if item["item_id"] in chosen - rejected],
-        [item for item in items if item["item_id"] in rejected - chosen],
-    )
 
 
 def _side(

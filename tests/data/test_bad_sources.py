@@ -140,7 +140,9 @@ def test_an_absent_dataset_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     message = error_of("nobody/nothing")
     assert message.startswith("nobody/nothing: no Hugging Face dataset could be loaded, split train (")
-    assert message.endswith("check the id, the source's `name` and `split`, the network and HF_TOKEN")
+    assert message.endswith(
+        "check the id, the source's `name`, `split`, `data_dir` and `data_files`, the network and HF_TOKEN"
+    )
 
 
 def test_a_renamed_column_that_no_row_has_is_refused(tmp_path: Path) -> None:

@@ -201,11 +201,22 @@ def test_order_is_by_split_and_first_appearance_and_no_row_is_fine() -> None:
 
 def test_instructions_that_are_left_out_take_their_items_and_labels_along() -> None:
     rows = {"train": [source("any", pair("a", "x", "y", "a"), pair("b", "x", "y", "b"), sft("c", "z"))]}
-    whole, less = build_items(rows, 0), build_items(rows, 0, {records.instruction_id("b")})
+    whole, less = build_items(rows, 0), build_items(rows, 0, {"near_duplicates": {records.instruction_id("b")}})
     assert less.items["instruction"].to_pylist() == ["a", "a", "c"]
     assert (len(whole.labels), len(less.labels)) == (2, 1)
     assert (less.counts["near_duplicates"], less.counts["leaked"], less.counts["leaked_labels"]) == (1, 0, 1)
     assert less.counts["train_instructions"] == less.counts["train_sft"] == 2
+
+
+def test_what_is_given_for_fine_tuning_is_a_split_of_its_own() -> None:
+    tables = build(
+        sft=[sft("s", "x"), sft("t", "y"), sft("both", "z")], train=[pair("both", "u", "v", "a")], test=[gold("t", "g")]
+    )
+    rows = {(row["instruction"], row["split"], row["sft"]) for row in tables.items.to_pylist()}
+    assert {row for row in rows if row[1] == "sft"} == {("s", "sft", True)}  # the others are at home elsewhere
+    assert ("t", "test", False) in rows
+    assert len(texts(tables, "train", "sft")) == 1
+    assert (tables.counts["sft_items"], tables.counts["leaked"]) == (1, 2)
 
 
 def test_counts_are_plain_integers_under_names_that_stay() -> None:
@@ -222,7 +233,8 @@ def test_counts_are_plain_integers_under_names_that_stay() -> None:
             "test_without_gold",
         ),
         *("conditional_labels", "joint_labels", "tie_labels", "skipped", "repeated", "merged", "leaked"),
-        *("near_duplicates", "leaked_labels", "identical_labels", "repeated_labels", "contradictory", "rated"),
+        *("near_duplicates", "too_long", "leaked_labels", "identical_labels", "repeated_labels"),
+        *("contradictory", "rated"),
     }
 
 

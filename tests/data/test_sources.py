@@ -154,7 +154,7 @@ def test_renamed_columns_and_forced_formats(tmp_path: Path) -> None:
         f"{path} line 1: columns found: gold_response, instruction, response; they fit gold and sft: set the source's"
     )
     assert error_of(path, columns={"instrction": "question"}).startswith(
-        f"{path}: columns: `instrction` is none of chosen, completions, feedback, gold_response, i_chosen,"
+        f"{path}: columns: `instrction` is none of choice, chosen, completions, feedback, gold_response, i_chosen,"
     )
     assert error_of(path, format="sft") == (
         f"{path} line 1: `instruction` is missing, format sft needs it; columns found: question, response, "
