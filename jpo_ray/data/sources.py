@@ -205,7 +205,7 @@ def _offline() -> Iterator[None]:
     import datasets
     import huggingface_hub
 
-    settings = (datasets.config, huggingface_hub.constants)
+    settings: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [setting.HF_HUB_OFFLINE for setting in settings]
     for setting in settings:
         setting.HF_HUB_OFFLINE = True
