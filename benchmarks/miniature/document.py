@@ -139,7 +139,7 @@ def _joint(tournament: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "counts": {source: ranking[source]["n"] for source in ("joint", "conditional")},
         "models": agreement["joint"]["models"],
-        "tau": {source: agreement[source]["kendall_tau"] for source in ("joint", "conditional", "both")},
+        "agreement": {source: agreement[source] for source in ("joint", "conditional", "both")},
         "rows": {
             title: [_mean(rates[entry, source]) for source in ("joint", "conditional")]
             for entry, title in ENTRIES.items()

@@ -77,7 +77,7 @@ def test_the_page_has_the_numbers(found: dict[str, Found], tmp_path: Path) -> No
     assert "agrees with 5, cannot tell 4 and disagrees with 0" in page
     assert "in 12 minutes (objectives 2, data_scaling 2" in page
     assert "within a point of the last value from 300 on" in page
-    assert "joint 0.80, conditional 0.70, both together\n0.90" in page
+    assert "| joint | 0.95 | 0.80 |\n| conditional | 0.95 | 0.70 |\n| both | 0.95 | 0.90 |\n" in page
     assert "| JPO | 80.0 | 0.50 |" in page
     assert "None" not in page
     assert "{" not in page
@@ -92,7 +92,7 @@ def main_run(folder: Path) -> Path:
         "tournament/tournament.json": {
             "ranking": {source: {"n": 1200, "models": rates} for source in ("joint", "conditional", "both")},
             "agreement": {
-                source: {"models": 6, "kendall_tau": tau}
+                source: {"models": 6, "kendall_tau": tau, "pearson": 0.95}
                 for source, tau in (("joint", 0.8), ("conditional", 0.7), ("both", 0.9))
             },
         },
