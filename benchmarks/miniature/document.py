@@ -93,7 +93,7 @@ def write_document(found: Mapping[str, Found], main_run: Path, out: Path) -> Non
         "policies": _policies(read_json(main_run / "policies" / "policies.json")),
     }
     with output_folder(out):
-        context["sections"] = [_section(name, found[name]) for name in SECTIONS]
+        context["sections"] = [_section(name, found[name]) for name in SECTIONS if name in found]
         words = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=False)
         words.filters |= {"number": _number, "thousands": "{:,.0f}".format}
         staged = out / ".results.md.part"
