@@ -22,7 +22,7 @@ from jpo_ray.files import output_folder, read_json, write_json
 from jpo_ray.pipeline.scale import scale
 
 # In this order: the first makes what the others share.
-CLAIMS = ("objectives", "data_scaling", "protocols", "proxy")  # what the paper has numbers of
+CLAIMS = ("objectives", "data_scaling", "protocols")  # what the paper has numbers of
 EXPERIMENTS = (*CLAIMS, "sweep", "selection", "strategies", "bands")
 CONFIGS = Path(__file__).parent.parent / "configs" / "experiments"
 

@@ -81,10 +81,6 @@ def all_claims(found: Mapping[str, Found]) -> list[Claim]:
             "More comparisons help (Figure 7)", "+29.3 from 100 to 9,000",
             sizes.members("jpo", max_train_comparisons=largest), sizes.members("jpo", max_train_comparisons=smallest),
         ),
-        higher(
-            "JPO on proxy pairs beats DPO (Appendix E)", "+1.8, length-controlled, AlpacaEval 2",
-            found["proxy"].members("jpo"), main.members("dpo"),
-        ),
     ]  # fmt: skip
 
 

@@ -38,11 +38,6 @@ SECTIONS = {  # experiment -> heading, what was done, what the paper has
         "`both-half` has half of its comparisons from either protocol and as many as `conditional` or `joint` alone.",
         "The paper: joint alone 71.7 on TL;DR (SFT 43.8); half and half at fixed size 71.9, 4.2 above DPO.",
     ),
-    "proxy": (
-        "Joint pairs without new judgments (Appendix E)",
-        "A labelled chosen item of one instruction against a rejected one of another, beside the conditional pairs.",
-        "The paper, on AlpacaEval 2 (length-controlled): 1.8 points above DPO.",
-    ),
     "strategies": (
         "Which joint pairs to compare",
         "JPO on joint comparisons alone, as many of each strategy, temperature 0.001.",
