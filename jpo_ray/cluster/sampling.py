@@ -64,7 +64,7 @@ def _vllm(
     ray: Any, cluster: ClusterConfig, config: SampleConfig, dtype: str, base: Path, requests: Sequence[Request]
 ) -> Iterator[Generated]:
     gpu, parts = cluster.gpus_per_worker > 0, config.tensor_parallel_size
-    bundle = {"CPU": float(parts)} | ({"GPU": float(parts)} if gpu else {})
+    bundle = ({"GPU": float(parts)} if gpu else {}) | {"CPU": float(parts)}
     require_resources(ray, "sample", [bundle] * cluster.num_actors)
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
