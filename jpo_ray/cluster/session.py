@@ -83,7 +83,10 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def require_resources(ray: Any, stage: str, bundles: list[dict[str, float]]) -> None:
+LESS = "lower cluster.num_workers, num_actors, cpus_per_worker or gpus_per_worker"
+
+
+def require_resources(ray: Any, stage: str, bundles: list[dict[str, float]], mend: str = LESS) -> None:
     """Raise `InputError` at once where the cluster can never place `bundles`; Ray itself would wait for ever."""
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     for bundle in sorted(bundles, key=lambda wanted: -sum(wanted.values())):
@@ -93,7 +96,7 @@ def require_resources(ray: Any, stage: str, bundles: list[dict[str, float]]) -> 
             have = ", ".join(f"{total.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
             raise InputError(
                 f"{stage}: asks for {len(bundles)} x {_describe(bundle)}, but the cluster has {have} on "
-                f"{len(nodes)} node(s); lower cluster.num_workers, num_actors, cpus_per_worker or gpus_per_worker"
+                f"{len(nodes)} node(s); {mend}"
             )
         for kind, amount in bundle.items():
             node[kind] = node.get(kind, 0) - amount

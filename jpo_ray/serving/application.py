@@ -78,6 +78,7 @@ def _options(config: ServeConfig) -> dict[str, Any]:
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=config.limits.retry_after_s),
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.2,
+        "max_constructor_retry_count": 2,  # what fails once mostly fails again; the default tries for half an hour
         "health_check_period_s": 2,
         "health_check_timeout_s": 30,
         "logging_config": LoggingConfig(encoding="JSON", enable_access_log=False),

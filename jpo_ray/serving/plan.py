@@ -105,9 +105,11 @@ def engine_options(plan: Plan, config: ServeConfig, engine: EnginePlan) -> dict[
 
 def engine_environment(config: ServeConfig, cores: int) -> dict[str, str]:
     """Environment of an engine's processes."""
+    # vLLM's own set-up of logging closes the handlers that stand, Serve's among them: its logs would end there.
+    environment = {"VLLM_CONFIGURE_LOGGING": "0"}
     if config.gpus_per_replica > 0:
-        return {}
-    return VLLM_CPU_ENV | {"OMP_NUM_THREADS": str(max(1, cores))}
+        return environment
+    return environment | VLLM_CPU_ENV | {"OMP_NUM_THREADS": str(max(1, cores))}
 
 
 def _rank(ranks: list[int]) -> int:

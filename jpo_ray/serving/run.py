@@ -1,10 +1,12 @@
 """`jpo serve`: start the endpoint, wait until it is told to stop, and let streams finish."""
 
+import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,42 +26,66 @@ def serve_run(config: ServeConfig, console: Console) -> None:
     plan = make_plan(config, keys_required=bool(keys))
     for warning in plan.warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    local = config.address is None and not os.environ.get("RAY_ADDRESS")
+    direct = local and config.direct and config.replicas == (config.max_replicas or 1) == 1
+    if direct:
+        os.environ |= _direct_environment(port)
+    proxy_port = _free_port(config.model_copy(update={"port": 0})) if direct else port
     from jpo_ray.cluster.session import ray_session
 
     with ray_session(ClusterConfig(address=config.address)) as ray, _signals_interrupt():
+        _require_room(ray, plan, config)
         try:
-            _start(ray, plan, config, port)
+            _start(plan, config, proxy_port)
             _announce(plan, config, port, len(keys), console)
-            nodes = [node for node in ray.nodes() if node["Alive"]]
-            console.print(f"  metrics: http://{nodes[0]['NodeManagerAddress']}:{nodes[0]['MetricsExportPort']}/metrics")
-            console.print("Ctrl-C stops", highlight=False)
+            _announce_watching(ray, console)
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
             console.print("stopping: answers under way are finished first")
         finally:
-            _stop()
+            _stop(local=local)
 
 
-def _start(ray: Any, plan: Plan, config: ServeConfig, port: int) -> None:
+def _direct_environment(port: int) -> dict[str, str]:
+    """Serve's settings, for its processes to come, that let the one replica listen on the port itself.
+
+    Serve's proxy still starts, on a port of its own that nobody is told; what comes through it meets the same guard.
+    """
+    return {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),  # the first one outside
+        "RAY_SERVE_PORT_QUARANTINE_S": "0",  # a replica that takes the place of a dead one listens there again
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # for load balancers, of which there are none
+    }
+
+
+def _require_room(ray: Any, plan: Plan, config: ServeConfig) -> None:
+    from jpo_ray.cluster.session import require_resources
+    from jpo_ray.serving.application import bundles
+
+    require_resources(ray, "serve", bundles(plan, config), "lower replicas, cpus_per_replica or gpus_per_replica")
+
+
+def _start(plan: Plan, config: ServeConfig, port: int) -> None:
     from ray import serve
 
-    from jpo_ray.cluster.session import require_resources
-    from jpo_ray.serving.application import APPLICATION, build_application, bundles, cores_for_each
+    from jpo_ray.serving.application import APPLICATION, build_application, cores_for_each
 
-    require_resources(ray, "serve", bundles(plan, config))
     serve.start(http_options={"host": config.host, "port": port, "location": "EveryNode"})
     application = build_application(plan, config, cores_for_each(config))
     serve.run(application, name=APPLICATION, route_prefix="/")
 
 
-def _stop() -> None:
-    """Replicas finish what they have; then proxies and controller end."""
+def _stop(*, local: bool) -> None:
+    """Replicas finish what they have; then Serve ends, unless it has other applications on a shared cluster."""
     from ray import serve
 
     from jpo_ray.serving.application import APPLICATION
 
     serve.delete(APPLICATION)
-    serve.shutdown()
+    if not local and not serve.status().applications:  # a local cluster ends with all that is on it
+        serve.shutdown()
 
 
 @contextmanager
@@ -81,6 +107,19 @@ def _free_port(config: ServeConfig) -> int:
             return int(probe.getsockname()[1])
     except OSError as error:
         raise InputError(f"host {config.host} port {config.port}: cannot listen there ({error.strerror})") from error
+
+
+def _announce_watching(ray: Any, console: Console) -> None:
+    """Where metrics and logs are, on this node or the first of the cluster."""
+    node = next(node for node in ray.nodes() if node["Alive"])
+    session = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / ray.get_runtime_context().get_session_name()
+    say = [
+        f"  metrics: http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics",
+        f"  logs: {session / 'logs' / 'serve'}",
+        "Ctrl-C stops",
+    ]
+    for line in say:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _announce(plan: Plan, config: ServeConfig, port: int, keys: int, console: Console) -> None:

@@ -1,6 +1,8 @@
 """The deployments: `ray.serve.llm` servers, the first of which has the HTTP routes, and the scorer."""
 
+import json
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
@@ -13,6 +15,7 @@ from jpo_ray.serving.engines import EngineError, LocalEngine, RemoteEngine
 from jpo_ray.serving.guard import Guard
 from jpo_ray.serving.keys import read_keys, require_keys
 from jpo_ray.serving.loaded import LoadedAdapters
+from jpo_ray.serving.orphans import end_children_with_this_process
 from jpo_ray.serving.plan import Plan
 from jpo_ray.serving.prompts import Prompts
 from jpo_ray.serving.routes import Routes
@@ -24,12 +27,11 @@ class ModelServer(LLMServer):  # type: ignore[misc]
 
     async def __init__(self, llm_config: LLMConfig) -> None:  # type: ignore[misc]
         await super().__init__(llm_config)
+        self._watcher = end_children_with_this_process()
         self.local = LocalEngine(self.engine)
 
     async def generate(self, kind: str, fields: dict[str, Any], request_id: str) -> AsyncGenerator[str, None]:
         """What `LocalEngine.generate` gives; an error is told as a piece that begins with `error `."""
-        import json
-
         try:
             async for answer in self.local.generate(kind, fields, request_id):
                 yield answer
@@ -58,8 +60,6 @@ class FrontServer(ModelServer):
         await self._loaded.load_listed()
 
     async def __serve_build_asgi_app__(self) -> Guard:
-        from pathlib import Path
-
         from jpo_ray.engine.model import load_tokenizer
 
         front, *others = self._plan.engines

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,35 @@ def test_a_client_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:
                 assert reply.status_code == 200
                 next(reply.iter_lines())
         assert client.post("/v1/completions", json={"model": "sft", "prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_metrics_are_exported(endpoint: Endpoint, client: openai.OpenAI) -> None:
+    """Ray's Prometheus endpoint has the server's own metrics and vLLM's; they are sent every few seconds."""
+    client.chat.completions.create(model="sft", messages=QUESTION, max_tokens=2, stream=True).close()
+    address = re.search(r"metrics: (http://\S+)", endpoint.shown.read_text())
+    assert address is not None
+    deadline, missing = time.monotonic() + 60, {"ray_jpo_serve_requests", "ray_jpo_serve_first_token", "vllm"}
+    while missing and time.monotonic() < deadline:
+        text = httpx.get(address[1]).text
+        missing = {name for name in missing if name not in text}
+        time.sleep(0 if not missing else 2)
+    assert not missing
+
+
+def test_each_request_is_a_line_of_the_log(endpoint: Endpoint) -> None:
+    with endpoint.http() as http:
+        http.get("/v1/models", headers=BEARER | {"x-request-id": "canary-request-1"})
+    address = re.search(r"logs: (\S+)", endpoint.shown.read_text())
+    assert address is not None
+    deadline, found = time.monotonic() + 30, []
+    while not found and time.monotonic() < deadline:
+        logs = [path.read_text() for path in Path(address[1]).glob("replica_jpo_FrontServer*")]
+        found = [json.loads(line) for log in logs for line in log.splitlines() if "canary-request-1" in line]
+        time.sleep(0.2)
+    facts = {name: found[0][name] for name in ("message", "jpo_request_id", "method", "path", "status")}
+    where = {"method": "GET", "path": "/v1/models"}
+    assert facts == {"message": "request", "jpo_request_id": "canary-request-1", "status": 200} | where
+    assert not any(KEY in path.read_text() for path in Path(address[1]).glob("*.log"))
 
 
 def test_no_key_is_written_anywhere(endpoint: Endpoint, client: openai.OpenAI) -> None:
