@@ -204,7 +204,7 @@ class SampleConfig(Section):
     engine: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vllm where installed
     split: Literal["validation", "test"] = "test"
     max_instructions: Count | None = 500
-    models: list[str] | None = None  # default: sft and every entry of `train`
+    models: list[str] | None = Field(default=None, min_length=1)  # default: sft and every entry of `train`
     temperatures: list[NonNegative] = Field(default=[0.001, 0.5, 1.0], min_length=1)
     samples_per_instruction: Count = 1  # of each model at each temperature
     max_new_tokens: Count = 400
@@ -292,9 +292,10 @@ class RunConfig(Section):
                     f"train.{entry.name}.steps_like: steps cannot be counted with max_batch_tokens, a curriculum, lipo "
                     "or pro"
                 )
-        for name in (self.sample.models or []) if self.sample else []:
-            if name != "sft" and name not in names:
-                raise ValueError(f"sample.models: no model `{name}`; there are sft, {', '.join(names)}")
+        wanted = (self.sample.models or []) if self.sample else []
+        if unknown := [f"`{name}`" for name in wanted if name not in ("sft", *names)]:
+            count = f" ({len(unknown)} of {len(wanted)} are none)" if len(unknown) > 1 else ""
+            raise ValueError(f"sample.models: no model {', '.join(unknown)}{count}; there are sft, {', '.join(names)}")
         return self
 
     def train_entry(self, name: str) -> TrainConfig:

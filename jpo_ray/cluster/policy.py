@@ -11,8 +11,9 @@ from jpo_ray.cluster.reference import PASS_TOKENS, packed_rows, unpacked
 from jpo_ray.cluster.session import map_on_actors
 from jpo_ray.config import ClusterConfig
 from jpo_ray.data.tokens import TokenizedItems
+from jpo_ray.engine.adapters import CONFIG, load_adapter
 from jpo_ray.engine.micro_batches import micro_batches
-from jpo_ray.engine.model import load_adapter, load_model
+from jpo_ray.engine.model import load_model
 from jpo_ray.engine.scoring import make_scorer, response_embeddings, score_items
 
 Fact = Literal["log_ratio", "embedding"]
@@ -56,8 +57,8 @@ class PolicyReader:
         if folder == self._folder:
             return
         self._scorer = None  # two do not fit at once where one hardly does
-        if (folder / "adapter_config.json").exists():
-            self._scorer = make_scorer(load_adapter(folder, **self._options))
+        if (folder / CONFIG).exists():
+            self._scorer = make_scorer(load_adapter(folder, self._base, **self._options))
         else:
             self._scorer = make_scorer(load_model(folder, **self._options))
             self._reference = self._reference or make_scorer(load_model(self._base, **self._options))
@@ -77,8 +78,8 @@ def policy_facts(
     fact: Fact,
     bar: Any,
 ) -> list[npt.NDArray[np.float32]]:
-    """A fact of rows of `tokens` under each policy: a folder, of an adapter or of a whole model made from `base`, and
-    the rows it reads.
+    """A fact of rows of `tokens` under each policy: a folder, of an adapter on `base` or of a whole model made from it,
+    and the rows it reads.
 
     That is their log-ratio of policy and reference, float32[rows, 2] (instruction, response), or embedding, [rows, D].
     """

@@ -58,11 +58,13 @@ class Row:
 
 
 class BadRow(InputError):
-    """A row that cannot be used; skipped rows are counted by `reason`."""
+    """A row that cannot be used; skipped rows are counted by `reason`. `plain` is the message without the mend."""
 
-    def __init__(self, where: str, reason: str, detail: str = "") -> None:
-        super().__init__(f"{where}: {detail or reason}; mend it or set items.on_bad_rows: skip")
-        self.reason = reason
+    def __init__(self, where: str, reason: str, detail: str = "", others: int = 0) -> None:
+        more = f" ({others:,} more {'rows' if others > 1 else 'row'} cannot be used)" if others else ""
+        self.plain = f"{where}: {detail or reason}{more}"
+        super().__init__(f"{self.plain}; mend it or set items.on_bad_rows: skip")
+        self.where, self.reason, self.detail = where, reason, detail
 
 
 def format_of(values: dict[str, Any], source: Source, where: str) -> str:

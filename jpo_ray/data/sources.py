@@ -59,6 +59,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     empty = True
     for where, record in _file_records(path, str(path)):
         empty = False
+        if isinstance(record, BadRow):
+            raise InputError(record.plain)
         yield where, _values(record, {}, where)
     if empty:
         raise InputError(f"{path}: has no rows")
@@ -83,8 +85,6 @@ def parse_rows(records: Iterable[Record], source: Source, on_bad_rows: Literal["
             row = row_of(values, kind, where)
             _check_id(values, where, seen)
         except BadRow as bad:
-            if on_bad_rows == "fail":
-                raise
             first_bad = first_bad or bad
             skipped[bad.reason] += 1
         else:
@@ -92,6 +92,9 @@ def parse_rows(records: Iterable[Record], source: Source, on_bad_rows: Literal["
                 rows.append(row)
             else:
                 skipped["more than one turn"] += 1
+    if first_bad and on_bad_rows == "fail":
+        others = skipped.total() - skipped["more than one turn"] - 1
+        raise BadRow(first_bad.where, first_bad.reason, first_bad.detail, others)
     if absent and rows:
         raise InputError(f"{source.path}: columns: no row has a column `{min(absent)}`; check the source's `columns`")
     if not rows:

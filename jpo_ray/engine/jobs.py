@@ -14,12 +14,14 @@ import torch.distributed as dist
 from jpo_ray import records
 from jpo_ray.config import BaseModelConfig, OptimizerConfig, SFTConfig, TrainConfig
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
+from jpo_ray.engine.adapters import record_base
 from jpo_ray.engine.checkpoints import newest_checkpoint
 from jpo_ray.engine.dataset import EdgeList, PreferenceData, edge_list, mismatched_rows
 from jpo_ray.engine.loop import Progress, train
-from jpo_ray.engine.model import DTYPES, load_model, load_policy, load_tokenizer
+from jpo_ray.engine.model import DTYPES, load_model, load_policy, load_tokenizer, weights_hash
 from jpo_ray.engine.scoring import Scorer, make_scorer
 from jpo_ray.engine.sharding import shard
+from jpo_ray.engine.step import rank_and_world
 from jpo_ray.engine.tasks import check_margins, preference_task, sft_task
 from jpo_ray.errors import InputError
 
@@ -33,6 +35,7 @@ class PreferenceInputs:
     judge: Path
     reference: Path | None
     embeddings: Path | None = None
+    weights: str | None = None  # hash of the model's, where it is known
 
 
 def layout_of(model: BaseModelConfig) -> Layout:
@@ -93,6 +96,9 @@ def train_preferences(
     task = preference_task(scorer, data, config, _seed(config), total_steps)
     final_dtype = None if config.use_peft else DTYPES[model.dtype]
     state = train(policy, tokenizer, task, config, out, progress=progress, final_dtype=final_dtype)
+    if config.use_peft and rank_and_world()[0] == 0:
+        weights = inputs.weights or weights_hash(inputs.model)
+        record_base(out, inputs.model, weights, load_in_4bit=model.load_in_4bit)
     return state | {
         "truncated": data.tokens.truncated,
         "comparisons": min(len(data.train), config.max_train_comparisons or len(data.train)),

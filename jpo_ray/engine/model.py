@@ -99,18 +99,6 @@ def load_model(folder: Path, *, dtype: str, load_in_4bit: bool = False, device: 
     return model.eval()
 
 
-def load_adapter(folder: Path, *, dtype: str, load_in_4bit: bool = False, device: str = "cpu") -> Any:
-    """A trained adapter on its base model, in evaluation mode. Raises `InputError` where either is not there."""
-    from peft import PeftModel
-
-    config = folder / "adapter_config.json"
-    if not config.exists() or not (folder / "adapter_model.safetensors").exists():
-        raise InputError(f"{folder}: is no adapter's folder (adapter_config.json and adapter_model.safetensors)")
-    base = resolve_model(read_json(config)["base_model_name_or_path"])
-    model = load_model(base, dtype=dtype, load_in_4bit=load_in_4bit, device=device)
-    return PeftModel.from_pretrained(model, folder, use_safetensors=True).eval()
-
-
 def _keep_backward(model: Any) -> None:
     """On CPUs with AVX512-BF16 the first evaluation would repack bitsandbytes layers for inference alone: rounded to
     bfloat16, and without a backward pass, so that later training would go wrong in silence.

@@ -50,9 +50,12 @@ def write_outputs(samples: pa.Table, golds: Mapping[str, str], out: Path) -> lis
     """
     outputs: dict[str, list[dict[str, str]]] = {}
     reference: dict[str, dict[str, str]] = {}
-    for row in samples.select(SAMPLE_COLUMNS).to_pylist():
+    rows = samples.select(SAMPLE_COLUMNS).to_pylist()
+    _require_golds(rows, golds)
+    for row in rows:
         generator, instruction, response = _key(row)
-        reference[instruction] = {"instruction": instruction, "output": _gold(row, golds), "generator": GOLD}
+        gold = golds[row["instruction_id"]]
+        reference[instruction] = {"instruction": instruction, "output": gold, "generator": GOLD}
         entry = {"instruction": instruction, "output": response, "generator": generator}
         outputs.setdefault(generator, []).append(entry)
     paths = []
@@ -73,8 +76,10 @@ def read_annotations(paths: Sequence[Path], samples: pa.Table, golds: Mapping[st
     which are 0. Raises `InputError` for an annotation that cannot be read, is of no sample or is repeated, and for a
     sample that has none.
     """
-    keyed = [(_key(row), row) for row in samples.select(SAMPLE_COLUMNS).to_pylist()]
-    wanted = {key: _gold(row, golds) for key, row in keyed}
+    rows = samples.select(SAMPLE_COLUMNS).to_pylist()
+    _require_golds(rows, golds)
+    keyed = [(_key(row), row) for row in rows]
+    wanted = {key: golds[row["instruction_id"]] for key, row in keyed}
     found: dict[Key, dict[str, Any]] = {}
     for path in paths:
         _collect(path, wanted, found)
@@ -157,13 +162,15 @@ def _key(row: Mapping[str, Any]) -> Key:
     return generator_name(row["model"], row["temperature"]), row["instruction"], row["response"]
 
 
-def _gold(row: Mapping[str, Any], golds: Mapping[str, str]) -> str:
-    if row["instruction_id"] not in golds:
+def _require_golds(rows: Sequence[Mapping[str, Any]], golds: Mapping[str, str]) -> None:
+    lacking = {row["instruction_id"]: row["instruction"] for row in rows if row["instruction_id"] not in golds}
+    if lacking:
+        total = len({row["instruction_id"] for row in rows})
         raise InputError(
-            f"no gold response for the instruction {row['instruction'][:60]!r}; AlpacaEval needs one as its reference: "
-            "mark one response of each instruction as gold in the test source"
+            f"no gold response for the instruction {next(iter(lacking.values()))[:60]!r} ({len(lacking)} of {total} "
+            "lack one); AlpacaEval needs it as its reference: mark one response of each instruction as gold in the "
+            "test source"
         )
-    return golds[row["instruction_id"]]
 
 
 def _text(annotation: Mapping[str, Any], name: str, where: str) -> str:

@@ -17,6 +17,7 @@ What no such model can tell: where longer answers (or gold responses) are better
 Shape suffixes: R valid judgments, F features, I instructions, T temperatures, B bootstrap resamples.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -87,8 +88,12 @@ class _Rows:
 def controlled_win_rates(
     judgments: pa.Table, samples: pa.Table, golds: Mapping[str, str], bootstrap_samples: int, seed: int
 ) -> dict[str, Any]:
-    """`win_rates`, and for each model its `length_controlled` ones."""
+    """`win_rates`, and for each model its `length_controlled` ones and the number of its `empty` responses."""
     found = win_rates(judgments, bootstrap_samples, seed)
+    without_text = pc.equal(pc.utf8_trim_whitespace(samples.column("response")), "")
+    empty = Counter(samples.column("model").filter(without_text).to_pylist())
+    for model, entry in found["models"].items():
+        entry["empty"] = empty[model]
     for model, controlled in length_controlled(judgments, samples, golds, seed).items():
         found["models"][model]["length_controlled"] = asdict(controlled)
     return found

@@ -98,6 +98,7 @@ def _context(
         "missing": missing,
         "series": series,
         "tiles": _tiles(summary, missing),
+        "evaluated": {"invalid because": "", "warning": ""} | dict(summary["counts"].get("evaluate", {})),
         "tournament": read_json(run.path("tournament") / "tournament.json") if "tournament" in standing else None,
         "policies": read_json(run.path("policies") / "policies.json") if "policies" in standing else None,
         "controlled": {

@@ -6,6 +6,7 @@ both-orders rule, the same columns as the judgments a model is trained on.
 Shape suffixes: B bootstrap resamples, M models, I instructions, T temperatures.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Annotator, Comparison, Progress, silent
@@ -34,10 +36,12 @@ def judge_samples(
 
     `golds` maps instruction ids to texts. Returns rows of `records.SAMPLE_JUDGMENTS`, one per sample, in order. Equal
     samples of an instruction are judged once; the rows that reuse a verdict carry no tokens and no cost, so that sums
-    are what was spent. Raises `InputError` where an instruction has no gold response.
+    are what was spent. Empty responses are judged like any other. Raises `InputError` where an instruction has no gold
+    response, and where a sample stands there twice.
     """
     rows = samples.select(["instruction_id", "instruction", "model", "temperature", "seed", "response"]).to_pylist()
     _require_golds(rows, golds)
+    _require_distinct(rows)
     comparisons = [_against_gold(row, golds[row["instruction_id"]]) for row in rows]
     distinct = {comparison.key: comparison for comparison in comparisons}
     judgments = {row["pair_id"]: row for row in judge(list(distinct.values()), annotator, progress)}
@@ -61,6 +65,18 @@ def _require_golds(rows: list[dict[str, Any]], golds: Mapping[str, str]) -> None
             f"{len(distinct)} of {total} sampled instructions ({len(lacking)} of {len(rows)} samples) have no gold "
             f"response, the first is {lacking[0]['instruction'][:60]!r}; mark one response of each as gold in the test "
             "source, or set `evaluate: null`"
+        )
+
+
+def _require_distinct(rows: list[dict[str, Any]]) -> None:
+    """A sample that is counted twice makes the evidence look stronger than it is."""
+    seen = Counter((row["model"], row["temperature"], row["seed"], row["instruction_id"]) for row in rows)
+    if repeated := len(rows) - len(seen):
+        model, temperature, seed, identity = next(key for key, count in seen.items() if count > 1)
+        text = next(row["instruction"] for row in rows if row["instruction_id"] == identity)
+        raise InputError(
+            f"{repeated} of {len(rows)} samples repeat another, the first is {model}'s of {text[:60]!r} at temperature "
+            f"{temperature} with seed {seed}; sample again (`jpo sample`)"
         )
 
 
@@ -198,7 +214,13 @@ def win_rate_table(result: Mapping[str, Any]) -> Table:
     invalid = any(entry["invalid"] for entry in models.values())
     controlled = any(_controlled(entry) is not None for entry in models.values())
     # Without side borders, with narrow gaps and bare temperatures the usual table fits 80 columns.
-    table = Table(title=TITLE + " (LC: length-controlled)" * controlled, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=TITLE + " (LC: length-controlled)" * controlled,
+        caption=Text("\n".join(notes(result))) or None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("model", overflow="fold", min_width=6)
     optional = [*(["invalid"] if invalid else []), *(["LC"] if controlled else [])]
     for heading in [*temperatures, "mean", "95 % interval", "n", *optional, "vs sft"]:
@@ -209,8 +231,18 @@ def win_rate_table(result: Mapping[str, Any]) -> Table:
         cells = [*rates, interval_text(entry["ci95"]), str(entry["n"])]
         cells += [str(entry["invalid"])] if invalid else []
         cells += [_cell(_controlled(entry))] if controlled else []
-        table.add_row(name, *cells, _cell(difference["mean"], "+.1f"))
+        table.add_row(Text(name), *cells, _cell(difference["mean"], "+.1f"))
     return table
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What must be known beside the rates: samples without text, and models that have few valid verdicts."""
+    models = result["models"]
+    empty = [f"{name} {entry['empty']:,}" for name, entry in models.items() if entry.get("empty")]
+    found = [f"empty responses, judged as they are: {', '.join(empty)}"] if empty else []
+    few = [name for name, entry in models.items() if entry["invalid"] > entry["n"]]
+    judged = [f"{name} {models[name]['invalid']:,} of {models[name]['invalid'] + models[name]['n']:,}" for name in few]
+    return found + ([f"most verdicts are invalid, and not in n: {', '.join(judged)}"] if judged else [])
 
 
 def _controlled(entry: Mapping[str, Any]) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import (
     Annotator,
     Answer,
@@ -183,6 +184,32 @@ def invalid_reasons(rows: Sequence[dict[str, Any]], most: int = 3) -> str:
     reasons = Counter(row["reason"] or "no reason given" for row in rows if row["verdict"] == "invalid")
     shown = [f"{reason[:100]} ({count:,})" for reason, count in reasons.most_common(most)]
     return "; ".join([*shown, "..."] if len(reasons) > most else shown)
+
+
+def invalid_warning(rows: Sequence[dict[str, Any]]) -> str:
+    """What to say where most verdicts of one judge are invalid; empty where they are not."""
+    asked = _asked(rows)
+    invalid = [row for row in asked if row["verdict"] == "invalid"]
+    if len(invalid) <= len(asked) / 2:
+        return ""
+    name, said = invalid[0]["annotator"], invalid[0]["text_ab"]
+    because = invalid_reasons(invalid)
+    if said or invalid[0]["tokens"]:  # a language model, which may have answered with nothing
+        because += f"; the first answer: {said[:80]!r}"
+    return f"{len(invalid):,} of {len(asked):,} verdicts of {name} are invalid: {because}"
+
+
+def require_verdicts(rows: Sequence[dict[str, Any]]) -> str:
+    """`invalid_warning`. Raises `InputError` where no verdict of the judge is valid: nothing would follow from them."""
+    warning = invalid_warning(rows)
+    if warning and all(row["verdict"] == "invalid" for row in _asked(rows)):
+        raise InputError(f"judge: {warning}; mend that, or name another judge")
+    return warning
+
+
+def _asked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those that nobody was asked about: an item compared with itself."""
+    return [row for row in rows if row["verdict_ab"] is not None]
 
 
 def wilson(part: int, whole: int) -> list[float] | None:

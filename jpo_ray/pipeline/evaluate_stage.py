@@ -1,14 +1,17 @@
 """The evaluate stage: samples against gold responses, models against each other, and what training did to policies."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from jpo_ray import records
+from jpo_ray.cache import cache_folder
 from jpo_ray.config import EvaluateConfig, RunConfig
 from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.errors import InputError
+from jpo_ray.feedback.judge import invalid_reasons, require_verdicts
 from jpo_ray.files import write_json
 from jpo_ray.pipeline.annotating import annotator_inputs
 from jpo_ray.pipeline.console import progress_bar
@@ -47,11 +50,12 @@ def evaluate_specs(context: Context) -> list[Spec]:
                 annotator,
                 lambda share, note: bar.to(int(share * samples.num_rows), note=note),
             )
+        warning = require_verdicts(rows)
         table = records.write_table(out / "judgments.parquet", rows, records.SAMPLE_JUDGMENTS)
         result = controlled_win_rates(table, samples, golds, config.bootstrap_samples, context.config.seed)
         write_json(out / "win_rates.json", result)
-        invalid = sum(row["verdict"] == "invalid" for row in rows)
-        return {"judgments": len(rows), "invalid": invalid}
+        empty = sum(entry["empty"] for entry in result["models"].values())
+        return {"judgments": len(rows), "empty responses": empty} | _invalid(rows, warning)
 
     specs = [Spec("evaluate", "evaluate", inputs, slice_, make)]
     if config.tournament is not None:
@@ -62,6 +66,12 @@ def evaluate_specs(context: Context) -> list[Spec]:
     if config.policies:
         specs.append(_policies_spec(context))
     return specs
+
+
+def _invalid(rows: Sequence[dict[str, Any]], warning: str) -> dict[str, Any]:
+    """Counts of the verdicts that are none, and why."""
+    invalid = sum(row["verdict"] == "invalid" for row in rows)
+    return {"invalid": invalid, "invalid because": invalid_reasons(rows), "warning": warning}
 
 
 def _policies_spec(context: Context) -> Spec:
@@ -112,7 +122,7 @@ def _policies(context: Context, trained: list[str], out: Path) -> dict[str, Any]
         ratios = policy_facts(
             context.ray(), context.config.cluster, "evaluate", tokens, base=base, dtype=model.dtype, bar=bar,
             policies=[
-                (context.path(f"train/{name}").resolve(), np.concatenate([held_out_rows, own_rows[name]]))
+                (_policy(context, name, base), np.concatenate([held_out_rows, own_rows[name]]))
                 for name in trained
             ],
             fact="log_ratio", load_in_4bit=model.load_in_4bit,
@@ -133,6 +143,16 @@ def _policies(context: Context, trained: list[str], out: Path) -> dict[str, Any]
     displaced = [name for name in trained if found[name]["displacement"]]
     warning = f"the chosen responses grew less likely under {', '.join(displaced)}" if displaced else ""
     return {"models": len(trained), "held-out comparisons": len(held_out), "warning": warning}
+
+
+def _policy(context: Context, name: str, base: Path) -> Path:
+    """Folder of a trained model. Raises `InputError` for an adapter that is not of `base`, the SFT model's folder."""
+    from jpo_ray.engine.adapters import CONFIG, check_base
+
+    folder = context.path(f"train/{name}").resolve()
+    if (folder / CONFIG).exists():
+        check_base(folder, base, f"evaluate.policies: {name}", cache_folder())
+    return folder
 
 
 def _tournament(context: Context, config: EvaluateConfig, judge: AnnotatorConfig, out: Path) -> dict[str, Any]:
@@ -162,6 +182,7 @@ def _tournament(context: Context, config: EvaluateConfig, judge: AnnotatorConfig
     ):
         bar.begin(len(matches))
         rows = judge_matches(matches, annotator, lambda share, note: bar.to(int(share * len(matches)), note=note))
+    warning = require_verdicts(rows)
     table = records.write_table(out / "judgments.parquet", rows, TOURNAMENT)
     against_gold = records.read_table(context.path("evaluate") / "judgments.parquet", records.SAMPLE_JUDGMENTS)
     result = {
@@ -170,7 +191,7 @@ def _tournament(context: Context, config: EvaluateConfig, judge: AnnotatorConfig
         "agreement": agreement_with_win_rates(table, against_gold, resamples, seed),
     }
     write_json(out / "tournament.json", result)
-    return {"comparisons": len(rows), "invalid": sum(row["verdict"] == "invalid" for row in rows)}
+    return {"comparisons": len(rows)} | _invalid(rows, warning)
 
 
 def _is_first(samples: pa.Table) -> list[bool]:

@@ -14,12 +14,12 @@ from rich.table import Table
 from jpo_ray import records
 from jpo_ray.config import Source
 from jpo_ray.config_file import FilesConfig
-from jpo_ray.data.formats import Item, Row
+from jpo_ray.data.formats import BadRow, Item, Row
 from jpo_ray.data.sources import read_source
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Comparison, Verdict, flipped_verdict
 from jpo_ray.feedback.dove import raw_rows
-from jpo_ray.feedback.judge import invalid_reasons, judgment_counts
+from jpo_ray.feedback.judge import invalid_reasons, invalid_warning, judgment_counts, require_verdicts
 from jpo_ray.files import output_folder, write_json
 from jpo_ray.pipeline.annotating import Given, judge_with_bar, judging_estimate, open_file_annotator
 from jpo_ray.pipeline.console import progress_bar
@@ -30,10 +30,10 @@ WRITTEN = ("judgments.parquet", "feedback.jsonl", "preferences.jsonl", "trl_pref
 def judge_file(pairs: Path, out: Path, config: FilesConfig, console: Console, *, dry_run: bool = False) -> None:
     """Judge each row's two items; `out` gets judgments, a report, and the verdicts in DOVE's and TRL's formats.
 
-    Raises `InputError` for a row that holds fewer than two items, and as annotators do. What an endpoint answered is
-    kept, so that the same command goes on where it was stopped.
+    Raises `InputError` for a row that holds fewer than two items, for a judge without a valid verdict, and as
+    annotators do. What an endpoint answered is kept, so that the same command goes on where it was stopped.
     """
-    rows = read_source(Source(path=str(pairs)), "fail").rows
+    rows = _read(pairs)
     comparisons = _comparisons(rows)
     first = _distinct(comparisons)  # a comparison that stands there twice is judged once
     distinct = list(first.values())
@@ -46,6 +46,7 @@ def judge_file(pairs: Path, out: Path, config: FilesConfig, console: Console, *,
     ):
         bar.begin(len(distinct))
         judgments = {row["pair_id"]: row for row in judge_with_bar(distinct, annotator, bar)}
+    require_verdicts(list(judgments.values()))
     verdicts: list[tuple[Comparison, Verdict]] = []
     for each in comparisons:
         verdict, as_judged = judgments[each.key]["verdict"], each.item_a == first[each.key].item_a
@@ -59,14 +60,21 @@ def judge_file(pairs: Path, out: Path, config: FilesConfig, console: Console, *,
         _write_verdicts(out, verdicts)
         write_json(out / "report.json", report)
     console.print(report_table(report))
-    for note in _notes(report, list(judgments.values())):
+    for note in _notes(report, list(judgments.values()), len(comparisons)):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{out}: {', '.join(WRITTEN)}", highlight=False, soft_wrap=True)
 
 
 def file_comparisons(path: Path) -> dict[str, Comparison]:
     """The distinct comparisons of a file, by id. Raises `InputError` for a row that holds one item only."""
-    return _distinct(_comparisons(read_source(Source(path=str(path)), "fail").rows))
+    return _distinct(_comparisons(_read(path)))
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        return read_source(Source(path=str(path)), "fail").rows
+    except BadRow as bad:
+        raise InputError(f"{bad.plain}; mend it, or leave it out") from bad
 
 
 def _distinct(comparisons: Iterable[Comparison]) -> dict[str, Comparison]:
@@ -158,11 +166,15 @@ def report_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _notes(report: Mapping[str, Mapping[str, Any]], judgments: Sequence[dict[str, Any]]) -> list[str]:
-    """What the table has no room for."""
+def _notes(report: Mapping[str, Mapping[str, Any]], judgments: Sequence[dict[str, Any]], comparisons: int) -> list[str]:
+    """What the table has no room for. `comparisons`: how many the file holds."""
     notes = []
+    if repeated := comparisons - len(judgments):
+        notes.append(f"{repeated:,} of {comparisons:,} comparisons repeat another one, and are judged with it")
     if interval := report["all"]["flip_rate_ci95"]:
         notes.append(f"flips: 95 % interval {interval[0]:.1%} to {interval[1]:.1%}")
-    if reasons := invalid_reasons(judgments):
+    if warning := invalid_warning(judgments):
+        notes.append(f"warning: {warning}")
+    elif reasons := invalid_reasons(judgments):
         notes.append(f"invalid: {reasons}")
     return notes

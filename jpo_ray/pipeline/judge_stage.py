@@ -17,12 +17,21 @@ from jpo_ray.cache import cache_folder
 from jpo_ray.config_judge import AnnotatorConfig, ClosureConfig, SelectionConfig
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Annotator
-from jpo_ray.feedback.judge import comparisons_of, invalid_reasons, judgment_counts, preferences
+from jpo_ray.feedback.judge import (
+    comparisons_of,
+    invalid_reasons,
+    invalid_warning,
+    judgment_counts,
+    preferences,
+    require_verdicts,
+)
 from jpo_ray.pairs.choosing import Known, choose_next
 from jpo_ray.pairs.sides import item_keys
 from jpo_ray.pipeline.annotating import Given, Rows, annotator_inputs, judge_with_bar, judging_estimate, open_annotator
 from jpo_ray.pipeline.console import Bar, progress_bar
 from jpo_ray.pipeline.context import Context, Spec
+
+POLICY = "judge.selection.policy"
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,7 +45,10 @@ def judge_specs(context: Context) -> list[Spec]:
         items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
         pairs = records.read_table(context.path("pairs") / "pairs.parquet", records.PAIRS)
         rows = _judgments(context, pairs, items)
+        mostly_invalid = require_verdicts(rows)
+        warnings = [_without_joint_labels(context, pairs, rows) or mostly_invalid]
         others = [_others_judgments(context, other, pairs, items, rows) for other in context.config.judge.also]
+        warnings += map(invalid_warning, others)
         records.write_table(out / "judgments.parquet", sum(others, rows), records.JUDGMENTS)
         decisive = preferences(pairs, rows)
         counts = judgment_counts(rows) | {"preferences": len(decisive)}
@@ -50,26 +62,36 @@ def judge_specs(context: Context) -> list[Spec]:
         if context.config.judge.closure:
             implied, facts = _closure(context.config.judge.closure, pairs, items, rows, context.config.seed, out)
             decisive += implied
+            warnings.append(facts.pop("warning", ""))
             counts |= facts
         records.write_table(out / "preferences.parquet", decisive, records.PREFERENCES)
-        joint = set(pairs["pair_id"].filter(pc.equal(pairs["protocol"], "joint")).to_pylist())
-        given = context.config.judge.annotator == "labels"
-        if given and joint and all(row["verdict"] == "invalid" for row in rows if row["pair_id"] in joint):
-            counts["warning"] = (
-                "no joint pair has a verdict, so nothing is learned across instructions; with labels alone set "
-                "pairs.joint.strategy=proxy, or pairs.joint=null"
-            )
-        return counts
+        return counts | {"warning": "; ".join(filter(None, warnings))}
 
     slice_ = {"judge": context.config.judge.decisive(), "seed": context.config.seed}  # the strategy is in the pairs
     selection = context.config.judge.selection
     if selection and selection.policy:
-        inputs["policy"] = _policy_hash(Path(selection.policy).expanduser())
+        inputs["policy"] = _policy_hash(_policy_folder(selection))
     return [Spec("judge", "judge", inputs, slice_, make)]
+
+
+def _without_joint_labels(context: Context, pairs: pa.Table, rows: Rows) -> str:
+    """A warning where labels that came with the data decide no joint pair; else empty."""
+    joint = set(pairs["pair_id"].filter(pc.equal(pairs["protocol"], "joint")).to_pylist())
+    decided = any(row["verdict"] != "invalid" for row in rows if row["pair_id"] in joint)
+    if context.config.judge.annotator != "labels" or not joint or decided:
+        return ""
+    return (
+        "no joint pair has a verdict, so nothing is learned across instructions; with labels alone set "
+        "pairs.joint.strategy=proxy, or pairs.joint=null"
+    )
 
 
 def _judgments(context: Context, pairs: pa.Table, items: pa.Table) -> Rows:
     selection = context.config.judge.selection
+    if selection and selection.policy:  # before anything is judged, which may cost something
+        from jpo_ray.engine.adapters import base_of
+
+        base_of(_policy_folder(selection), POLICY, cache_folder())
     with (
         run_annotator(context, context.config.judge) as annotator,
         progress_bar(context.console, "judging comparisons") as bar,
@@ -157,10 +179,15 @@ def _judge_in_rounds(
 
 def _policy_hash(folder: Path) -> str:
     if not (folder / "adapter_config.json").exists():
-        raise InputError(f"judge.selection.policy: {folder}: is no adapter's folder")
+        raise InputError(f"{POLICY}: {folder}: is no adapter's folder")
     from jpo_ray.engine.model import weights_hash
 
     return weights_hash(folder, cache_folder())
+
+
+def _policy_folder(selection: SelectionConfig) -> Path:
+    assert selection.policy is not None
+    return Path(selection.policy).expanduser().resolve()
 
 
 def _policy_facts(
@@ -171,10 +198,11 @@ def _policy_facts(
         return None, None
     from jpo_ray.cluster.policy import Fact, policy_facts
     from jpo_ray.data.tokens import tokenize
+    from jpo_ray.engine.adapters import base_of
     from jpo_ray.engine.jobs import layout_of
     from jpo_ray.engine.model import load_tokenizer
 
-    folder, model = Path(selection.policy).expanduser().resolve(), context.config.model
+    folder, model = _policy_folder(selection), context.config.model
     place = {item: row for row, item in enumerate(items["item_id"].to_pylist())}
     texts = items.take([place[item] for item in ids])
     tokens = tokenize(
@@ -184,7 +212,8 @@ def _policy_facts(
     with progress_bar(context.console, "scoring items under the policy") as bar:
         [found] = policy_facts(
             context.ray(), context.config.cluster, "judge", tokens, policies=[(folder, np.arange(len(tokens)))],
-            base=folder, dtype=model.dtype, load_in_4bit=model.load_in_4bit, fact=fact, bar=bar,
+            base=base_of(folder, POLICY, cache_folder()), dtype=model.dtype, load_in_4bit=model.load_in_4bit,
+            fact=fact, bar=bar,
         )  # fmt: skip
     values = found.astype(np.float64)
     return (values.sum(axis=1), None) if fact == "log_ratio" else (None, values)

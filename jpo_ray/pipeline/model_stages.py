@@ -195,27 +195,31 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
     like = context.config.train_entry(entry.steps_like) if entry.steps_like else None
 
     def make(out: Path) -> dict[str, Any]:
+        from jpo_ray.cache import cache_folder
         from jpo_ray.cluster.training import Work, run_here, run_training
         from jpo_ray.engine.jobs import PreferenceInputs, train_preferences
+        from jpo_ray.engine.model import weights_hash
 
         def folder(name: str) -> Path:
             return context.path(name).resolve()
 
+        base = sft_model(context)[0].resolve()
         where = PreferenceInputs(
-            sft_model(context)[0].resolve(),
+            base,
             folder("items"),
             folder("judge"),
             folder("reference") if compares else None,
             folder("embeddings") if embeds else None,
+            weights_hash(base, cache_folder()),
         )
         steps = _steps_of(context, like) if like else None
         work = Work(train_preferences, (where, context.config.model, seeded, steps))
-        stage = f"train-{entry.name}"
-        if context.in_trial and context.config.cluster.num_workers == 1:
-            state = run_here(context.ray(), context.config.cluster, work, out.resolve())
-            return _facts(state, TRAINED)
-        with progress_bar(context.console, f"training {entry.name}") as bar:
-            state = run_training(context.ray(), context.config.cluster, stage, work, out.resolve(), _shower(bar))
+        ray, cluster = context.ray(), context.config.cluster
+        if context.in_trial and cluster.num_workers == 1:
+            state = run_here(ray, cluster, work, out.resolve())
+        else:
+            with progress_bar(context.console, f"training {entry.name}") as bar:
+                state = run_training(ray, cluster, f"train-{entry.name}", work, out.resolve(), _shower(bar))
         return _facts(state, TRAINED)
 
     slice_ = {

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jpo_ray import records
+from jpo_ray.cache import cache_folder
 from jpo_ray.config import SampleConfig
 from jpo_ray.errors import InputError
+from jpo_ray.evaluation.generation import SampledModel
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec
 from jpo_ray.pipeline.model_stages import sft_model
@@ -52,15 +54,13 @@ def _sample(context: Context, config: SampleConfig, engine: str, names: list[str
     from jpo_ray.data.tokens import prompt_ids
     from jpo_ray.engine.jobs import layout_of
     from jpo_ray.engine.model import load_tokenizer
-    from jpo_ray.evaluation.generation import Request, SampledModel, clean_response, effective_temperature
+    from jpo_ray.evaluation.generation import Request, clean_response, effective_temperature
 
     if engine == "transformers" and config.engine == "auto":
         context.console.print("  vllm is not installed: sampling with transformers, which is slower", highlight=False)
-    instructions = _instructions(context, config)
+    instructions, without_gold = _instructions(context, config)
     base = sft_model(context)[0].resolve()
-    folders = {name: base if name == "sft" else context.path(f"train/{name}").resolve() for name in names}
-    full = {name for name, folder in folders.items() if not (folder / "adapter_config.json").exists()}
-    models = [SampledModel(name, folders[name], folders[name] if name in full else base) for name in names]
+    models = [_model(context, name, base) for name in names]
     prompts = prompt_ids(load_tokenizer(base), layout_of(context.config.model), list(instructions.values()))
     _require_room(base, max(map(len, prompts)), config.max_new_tokens)
     seed = context.seed(config.seed)
@@ -121,8 +121,14 @@ def _sample(context: Context, config: SampleConfig, engine: str, names: list[str
     table = [{key: rows[number][key] for key in records.SAMPLES.names} for number in range(len(requests))]
     records.write_table(out / "samples.parquet", table, records.SAMPLES)
     (out / ANSWERED).unlink()
-    cut = sum(row["finish_reason"] == "length" for row in table)
-    return {"samples": len(table), "instructions": len(instructions), "engine": engine, "cut at max_new_tokens": cut}
+    return {
+        "samples": len(table),
+        "instructions": len(instructions),
+        "left out without gold": without_gold,
+        "engine": engine,
+        "cut at max_new_tokens": sum(row["finish_reason"] == "length" for row in table),
+        "empty responses": sum(not row["response"].strip() for row in table),
+    }
 
 
 def _report_failure(context: Context, request: Any, instruction: str, error: str, count: int) -> None:
@@ -137,15 +143,30 @@ def _report_failure(context: Context, request: Any, instruction: str, error: str
         context.console.print("  further failures are counted only", highlight=False)
 
 
-def _instructions(context: Context, config: SampleConfig) -> dict[str, str]:
-    """Instructions of the split, the first ones in data order: id -> text. Those with a gold response where any has."""
+def _model(context: Context, name: str, base: Path) -> SampledModel:
+    """Raises `InputError` for an adapter that is not of `base`, the SFT model's folder."""
+    from jpo_ray.engine.adapters import CONFIG, check_base
+
+    folder = base if name == "sft" else context.path(f"train/{name}").resolve()
+    if not (folder / CONFIG).exists():
+        return SampledModel(name, folder, folder)
+    check_base(folder, base, f"sample: {name}", cache_folder())
+    return SampledModel(name, folder, base)
+
+
+def _instructions(context: Context, config: SampleConfig) -> tuple[dict[str, str], int]:
+    """Instructions of the split, the first ones in data order: id -> text; and how many lack a gold response.
+
+    Those are left out where others have one.
+    """
     items = records.read_table(context.path("items") / "items.parquet", records.ITEMS).to_pylist()
     here = [item for item in items if item["split"] == config.split]
     with_gold = [item for item in here if item["gold"]]
     found = {item["instruction_id"]: item["instruction"] for item in with_gold or here}
     if not found:
         raise InputError(f"sample: no instructions in the {config.split} split; give items.{config.split}")
-    return dict(list(found.items())[: config.max_instructions])
+    without_gold = len({item["instruction_id"] for item in here} - found.keys())
+    return dict(list(found.items())[: config.max_instructions]), without_gold
 
 
 def _require_room(model: Path, longest: int, max_new_tokens: int) -> None:

@@ -98,7 +98,7 @@ def test_outputs_are_a_file_per_model_and_temperature(tmp_path: Path) -> None:
 
 def test_a_sample_without_gold_response_is_refused(tmp_path: Path) -> None:
     golds = dict(list(GOLDS.items())[:2])
-    with pytest.raises(InputError, match=r"^no gold response for the instruction 'Say \"no\"\.'"):
+    with pytest.raises(InputError, match=r"^no gold response for the instruction 'Say \"no\"\.' \(1 of 3 lack one\)"):
         write_outputs(two_models(), golds, tmp_path)
     assert not list(tmp_path.iterdir())
 

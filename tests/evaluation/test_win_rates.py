@@ -12,7 +12,8 @@ from rich.console import Console
 
 from jpo_ray import records
 from jpo_ray.errors import InputError
-from jpo_ray.evaluation.win_rates import judge_samples, win_rate_table, win_rates
+from jpo_ray.evaluation.length_control import controlled_win_rates
+from jpo_ray.evaluation.win_rates import judge_samples, notes, win_rate_table, win_rates
 from jpo_ray.feedback.annotators import Annotator, Answer, Comparison
 from tests.evaluation.synthetic_run import instruction_text, judgment, sample_row
 
@@ -193,6 +194,35 @@ def test_samples_without_gold_are_refused_with_counts() -> None:
     with pytest.raises(InputError, match=r"2 of 3 sampled instructions \(4 of 6 samples\) have no gold") as error:
         judge_samples(samples, golds_of(1), longer_is_better([]))
     assert "\n" not in str(error.value)
+
+
+def test_a_sample_that_stands_there_twice_is_refused_with_counts() -> None:
+    samples = samples_of(
+        [(1, "jpo", 0.5, "pear"), (2, "jpo", 0.5, "fig"), (1, "jpo", 0.5, "plum"), (1, "jpo", 0.5, "fig")]
+    )
+    with pytest.raises(InputError, match=r"^2 of 4 samples repeat another, the first is jpo's of 'Name four") as error:
+        judge_samples(samples, golds_of(1, 2), longer_is_better([]))
+    assert "at temperature 0.5 with seed 1005" in str(error.value)
+
+
+def test_empty_samples_lose_by_verdict_and_are_one_of_n() -> None:
+    samples = samples_of([(1, "jpo", 0.5, ""), (2, "jpo", 0.5, " \n"), (3, "jpo", 0.5, "longer than the gold one")])
+    rows = judge_samples(samples, golds_of(1, 2, 3), longer_is_better([]))
+    judgments = pa.Table.from_pylist(rows, records.SAMPLE_JUDGMENTS)
+    found = controlled_win_rates(judgments, samples, golds_of(1, 2, 3), 10, 0)
+    entry = found["models"]["jpo"]
+    assert {key: entry[key] for key in ("n", "wins", "losses", "empty")} == {"n": 3, "wins": 1, "losses": 2, "empty": 2}
+    assert notes(found) == ["empty responses, judged as they are: jpo 2"]
+
+
+def test_models_with_few_valid_verdicts_are_named_beneath_the_table() -> None:
+    judgments = pa.concat_tables([one_temperature("abii", model="sft"), one_temperature("aiii", model="[b]")])
+    found = win_rates(judgments, 10, 0)
+    assert notes(found) == ["most verdicts are invalid, and not in n: [b] 3 of 4"]
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(win_rate_table(found))
+    assert "most verdicts are invalid, and not in n: [b] 3 of 4" in " ".join(shown.getvalue().split())
+    assert [line.split()[0] for line in shown.getvalue().splitlines() if "to" in line.split()] == ["sft", "[b]"]
 
 
 def test_the_table_keeps_names_and_numbers_in_eighty_columns() -> None:

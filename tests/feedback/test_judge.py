@@ -8,8 +8,17 @@ import pyarrow as pa
 import pytest
 
 from jpo_ray import records
+from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Annotator, Answer, Comparison, Verdict, one_by_one, score_annotator
-from jpo_ray.feedback.judge import combine_orders, comparisons_of, judge, judgment_counts, preferences
+from jpo_ray.feedback.judge import (
+    combine_orders,
+    comparisons_of,
+    invalid_warning,
+    judge,
+    judgment_counts,
+    preferences,
+    require_verdicts,
+)
 
 
 def comparison(key: str = "k") -> Comparison:
@@ -259,3 +268,22 @@ def test_an_item_is_not_compared_with_itself() -> None:
     assert judgment_counts(rows)["flip_rate"] == 1.0
     assert judgment_counts([rows[0]])["flip_rate"] is None
     assert [row["verdict"] for row in judge([same], Annotator("biased", first_shown))] == ["tie"]
+
+
+def verdicts(*given: Verdict) -> list[dict[str, Any]]:
+    return judge([comparison(str(number)) for number, _ in enumerate(given)], constant(*given, both_orders=False))
+
+
+def test_a_judge_without_a_valid_verdict_is_refused_and_one_with_few_is_told() -> None:
+    assert invalid_warning(verdicts("a", "tie", "invalid", "invalid")) == ""
+    few = verdicts("a", "invalid", "invalid")
+    said = "2 of 3 verdicts of constant are invalid: no reason given (2); the first answer: 'says invalid'"
+    assert invalid_warning(few) == require_verdicts(few) == said
+    none = verdicts("invalid", "invalid")
+    assert invalid_warning(none).startswith("2 of 2 verdicts")
+    with pytest.raises(InputError, match=r"^judge: 2 of 2 verdicts of constant are invalid: .*; mend that, or name"):
+        require_verdicts(none)
+    itself = Comparison("k", "x", "x", "i", "x", "i", "x")
+    with pytest.raises(InputError, match="2 of 2"):  # that an item ties with itself is no answer of the judge's
+        require_verdicts([*none, *judge([itself], constant())])
+    assert require_verdicts([]) == require_verdicts(judge([itself], constant())) == ""

@@ -29,6 +29,8 @@ def test_samples_go_out_and_win_rates_come_back(
     file.write_text(json.dumps(annotations))
     arguments = ["alpaca-eval", "import", str(file), "--run-dir", str(run_dir), "--out", str(tmp_path / "won")]
     assert main(arguments) == 0
+    left = "left out, since no annotation is of their generators: 12 of 18 samples (sft-t0.7, dpo-t0.7)"
+    assert left in " ".join(capsys.readouterr().out.split())
     found = json.loads((tmp_path / "won" / "win_rates.json").read_text())["models"]
     assert list(found) == ["jpo"]
     assert found["jpo"]["win_rate"]["mean"] == pytest.approx(100 * 4.5 / 6)
@@ -36,6 +38,33 @@ def test_samples_go_out_and_win_rates_come_back(
     file.write_text(json.dumps(annotations[:-1]))
     assert main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_annotations_without_a_preference_are_counted_or_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, won = tmp_path / "alpaca", tmp_path / "won"
+    assert main(["alpaca-eval", "export", "--run-dir", str(run_dir), "--out", str(out)]) == 0
+    reference = {row["instruction"]: row["output"] for row in json.loads((out / "reference_outputs.json").read_text())}
+    rows = [
+        {
+            "instruction": row["instruction"], "output_1": reference[row["instruction"]], "output_2": row["output"],
+            "generator_2": row["generator"], "preference": 2 if number < 2 else None,
+        }
+        for number, row in enumerate(json.loads((out / "sft-t0.7" / "model_outputs.json").read_text()))
+    ]  # fmt: skip
+    file = tmp_path / "annotations.json"
+    arguments = ["alpaca-eval", "import", str(file), "--run-dir", str(run_dir), "--out", str(won)]
+    file.write_text(json.dumps(rows))
+    capsys.readouterr()
+    assert main(arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "warning: 4 of 6 verdicts of alpaca_eval are invalid: AlpacaEval has no preference (4)" in shown
+    entry = json.loads((won / "win_rates.json").read_text())["models"]["sft"]
+    assert (entry["n"], entry["invalid"], entry["empty"]) == (2, 4, 0)
+    file.write_text(json.dumps([row | {"preference": None} for row in rows]))
+    assert main(arguments) == 2
+    assert "judge: 6 of 6 verdicts of alpaca_eval are invalid" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line_and_exit_code_2(

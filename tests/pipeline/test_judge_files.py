@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jpo_ray.cli import main
 from jpo_ray.config import Source
 from jpo_ray.data.sources import read_source
 from jpo_ray.pipeline.judge_files import report_table
+from jpo_ray.sandbox import make_rows
 
 
 def joint(*texts: str) -> dict[str, Any]:
@@ -90,10 +92,36 @@ def test_conditional_comparisons_have_one_prompt(tmp_path: Path) -> None:
     assert row["chosen"] == [{"role": "assistant", "content": "Nightingale"}]
 
 
-def test_the_sandbox_judges_files_too(tmp_path: Path) -> None:
-    pairs = written(tmp_path / "pairs.jsonl", ROWS)
-    assert main(["judge", "--pairs", str(pairs), "--out", str(tmp_path / "out"), "judge.annotator=sandbox"]) == 0
-    assert len(records.read_table(tmp_path / "out" / "judgments.parquet", records.JUDGMENTS)) == 3
+def test_the_sandbox_judges_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It knows its own instructions only: of four comparisons one has a verdict, and of three none."""
+    of_sandbox = [
+        {name: row[name] for name in ("instruction", "response_0", "response_1")} for row in make_rows("test", 1, 0)
+    ]
+    others = [{"instruction": f"Name bird {n}.", "response_0": "Wren", "response_1": "Owl"} for n in range(3)]
+    pairs = written(tmp_path / "pairs.jsonl", [*of_sandbox, *others, others[0]])
+    command = ["judge", "--pairs", str(pairs), "--out", str(tmp_path / "out"), "judge.annotator=sandbox"]
+    assert main(command) == 0
+    assert len(records.read_table(tmp_path / "out" / "judgments.parquet", records.JUDGMENTS)) == 4
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 of 5 comparisons repeat another one, and are judged with it" in shown
+    assert "warning: 3 of 4 verdicts of sandbox are invalid: not an instruction of the sandbox" in shown
+    shutil.rmtree(tmp_path / "out")
+    written(pairs, others)
+    assert main(command) == 2
+    assert "judge: 3 of 3 verdicts of sandbox are invalid: not an instruction" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_judge_that_answers_nothing_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs, out = written(tmp_path / "pairs.jsonl", ROWS), tmp_path / "out"
+    with endpoint(faults={"empty": 1.0}) as server:
+        assert main(["judge", "--pairs", str(pairs), "--out", str(out), f"judge.base_url={server.url}"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "judge: 3 of 3 verdicts of gpt-3.5-turbo-0125 are invalid: the answer is neither of the two, twice (3)" in said
+    )
+    assert said.count("\n") == 1
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +140,10 @@ def test_the_sandbox_judges_files_too(tmp_path: Path) -> None:
         (["--pairs", "{file}", "--out", "x", "judge.max_cost=1"], "max_cost needs prompt_price"),
         (["--pairs", "{file}", "--out", "x", "judge.annotator=labels"], "labels: the data have none"),
         (["--pairs", "{lone}", "--out", "x"], "line 1: holds one item"),
+        (
+            ["--pairs", "{empty}", "--out", "x"],
+            "line 2: empty `response_0` (2 more rows cannot be used); mend it, or leave it out\n",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -119,7 +151,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     file = written(tmp_path / "pairs.jsonl", ROWS)
     lone = written(tmp_path / "lone.jsonl", [{"instruction": "Name a bird.", "response": "Wren"}])
-    assert main(["judge", *(text.format(file=file, lone=lone) for text in arguments)]) == 2
+    without = [*ROWS[:1], *(row | {"response_0": ""} for row in ROWS[1:])]
+    empty = written(tmp_path / "empty.jsonl", without)
+    assert main(["judge", *(text.format(file=file, lone=lone, empty=empty) for text in arguments)]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
@@ -127,7 +161,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").write_text("a file")
-    pairs, out = written(tmp_path / "pairs.jsonl", ROWS), tmp_path / "taken" / "out"
+    rows = [
+        {name: row[name] for name in ("instruction", "response_0", "response_1")} for row in make_rows("test", 2, 0)
+    ]
+    pairs, out = written(tmp_path / "pairs.jsonl", rows), tmp_path / "taken" / "out"
     assert main(["judge", "--pairs", str(pairs), "--out", str(out), "judge.annotator=sandbox"]) == 2
     assert f"--out {out}: cannot be written (Not a directory)" in capsys.readouterr().err
 
