@@ -1,4 +1,4 @@
-"""The paper's evaluation in miniature, on the sandbox: every experiment, then docs/results.md with tables and figures.
+"""The paper's evaluation in miniature, on the sandbox: every experiment, then docs/results.md with their tables.
 
     python benchmarks/paper.py --run-dir runs/paper [--out docs] [section.key=value ...]
 
@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "experiments"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/paper"))
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of results.md and figures/")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of results.md")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     console = Console()

@@ -20,7 +20,7 @@ STAGE_HELP = {
     "judge": "compare each pair, in both orders; decisive verdicts become preferences",
     "sft": "fine-tune the base model on one response per instruction",
     "reference": "log-probs of every item under the SFT model, cached across runs",
-    "train": "train every entry of `train`: jpo, dpo, kto",
+    "train": "train every entry of `train`: jpo, dpo, kto or another objective",
     "sample": "generate responses to test instructions",
     "evaluate": "win rates of the samples against the gold responses",
     "report": "tables and one self-contained HTML page",

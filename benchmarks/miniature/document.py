@@ -75,7 +75,7 @@ POLICY_METRICS = {  # of policies.json -> heading, form
 
 
 def write_document(found: Mapping[str, Found], main_run: Path, out: Path) -> None:
-    """`results.md` and its figures, in `out`; `main_run` is the run directory of the objectives."""
+    """`results.md` in `out`; `main_run` is the run directory of the objectives."""
     claims = all_claims(found)
     context = {
         **_about(found),
