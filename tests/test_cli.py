@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jpo_ray import __version__, cli, records
-from jpo_ray.cli import STAGE_HELP, main
+from jpo_ray.cli import main
+from jpo_ray.cli_parser import STAGE_HELP
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json, write_json
 from jpo_ray.pipeline import STAGES

@@ -25,6 +25,7 @@ ROWS = [
     ["cluster"],
     ["serving"],
     ["pipeline"],
+    ["cli_parser"],
     ["cli"],
     ["jobs", "serve"],
 ]
