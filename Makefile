@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 BIN := .venv/bin
 RUN_DIR ?= runs/demo
 
-.PHONY: demo paper test test-slow lint setup setup-dev clean
+.PHONY: demo paper test test-slow lint docs setup setup-dev clean
 
 # The main job on the embedded sandbox: data, pairs, judging, SFT, reference, training, sampling, win rates, report.
 demo: setup
@@ -17,7 +17,7 @@ demo: setup
 paper: setup
 	$(BIN)/python benchmarks/paper.py --run-dir runs/paper
 
-test: setup-dev lint
+test: setup-dev lint docs
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 # What takes longer: real text end to end, faults, long runs.
@@ -28,6 +28,10 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, warnings being errors: build/docs/index.html.
+docs: setup-dev
+	$(BIN)/sphinx-build --quiet -W --keep-going -b html docs build/docs
 
 setup: .venv/.ready
 setup-dev: .venv/.ready-dev

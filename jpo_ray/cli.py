@@ -211,10 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 where all went well, 2 on bad input, 1 on a failure at work."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides may stand between flags
-        arguments.overrides = [*arguments.overrides, *rest]
+    _add_rest(parser, arguments, rest)
     try:
         run_command(arguments)
     except InputError as error:
@@ -226,6 +223,16 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         return _failed(error, getattr(arguments, "run_dir", None))
     return 0
+
+
+def _add_rest(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Words that stand after flags: argparse takes a list of them only where its first one stands."""
+    if all("=" in text and not text.startswith("-") for text in rest) and hasattr(arguments, "overrides"):
+        arguments.overrides = [*arguments.overrides, *rest]
+    elif not any(text.startswith("-") for text in rest) and hasattr(arguments, "annotations"):
+        arguments.annotations = [*arguments.annotations, *map(Path, rest)]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
 
 def _failed(error: Exception, run_dir: Path | None) -> int:

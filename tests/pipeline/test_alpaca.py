@@ -27,7 +27,7 @@ def test_samples_go_out_and_win_rates_come_back(
     ]  # fmt: skip
     file = tmp_path / "annotations.json"
     file.write_text(json.dumps(annotations))
-    arguments = ["alpaca-eval", "import", str(file), "--run-dir", str(run_dir), "--out", str(tmp_path / "won")]
+    arguments = ["alpaca-eval", "import", "--run-dir", str(run_dir), "--out", str(tmp_path / "won"), str(file)]
     assert main(arguments) == 0
     left = "left out, since no annotation is of their generators: 12 of 18 samples (sft-t0.7, dpo-t0.7)"
     assert left in " ".join(capsys.readouterr().out.split())

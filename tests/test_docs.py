@@ -1,0 +1,110 @@
+"""What README and docs show works: commands parse, configs validate, Python runs, links lead somewhere."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jpo_ray.cli_parser import build_parser
+from jpo_ray.config_file import parse_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What a section alone needs to be a config.
+LEAST: dict[str, Any] = {"items": {"train": [{"path": "data.jsonl"}]}, "model": {"model_name_or_path": "sandbox"}}
+
+
+def blocks(language: str) -> Iterator[tuple[Path, str]]:
+    for page in PAGES:
+        for found in re.finditer(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S):
+            yield page, found[1]
+
+
+def commands() -> Iterator[tuple[Path, str]]:
+    """Every line of a code block that calls `jpo`; a backslash goes on with the next."""
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^(?: {4}|)(jpo [a-z].*)$", text, re.M):
+            yield page, line
+
+
+def test_commands_parse() -> None:
+    shown = [(page, line) for page, line in commands() if "STAGE" not in line and "[" not in line]
+    assert len(shown) > 15
+    for page, line in shown:
+        words = shlex.split(line, comments=True)[1:]
+        try:
+            _, rest = build_parser().parse_known_args(words)
+        except SystemExit:
+            pytest.fail(f"{page.name}: `{line}` does not parse")
+        assert not any(word.startswith("-") for word in rest), f"{page.name}: `{line}`: unknown {rest}"
+
+
+def test_yaml_blocks_are_sections_of_a_config() -> None:
+    shown = list(blocks("yaml"))
+    assert len(shown) > 5
+    for page, text in shown:
+        values = yaml.safe_load(text)
+        if "kind" in values or "cluster_name" in values:  # of Kubernetes, or Ray's launcher
+            continue
+        parse_config(LEAST | values, f"{page.name}: {text[:60]!r}")
+
+
+def test_json_lines_blocks_are_rows_that_can_be_read(tmp_path: Path) -> None:
+    from jpo_ray.config import Source
+    from jpo_ray.data.sources import read_source
+
+    for _, text in blocks("json"):
+        (tmp_path / "rows.jsonl").write_text(text)
+        assert read_source(Source(path=str(tmp_path / "rows.jsonl")), "fail").rows
+
+
+@pytest.mark.parametrize(("page", "text"), [case for case in blocks("python") if case[0].name == "quickstart.md"])
+def test_python_of_the_quickstart_runs(page: Path, text: str) -> None:
+    exec(compile(text, str(page), "exec"), {})
+
+
+def test_examples_of_contributing_run() -> None:
+    """Each block defines one function; it is used as the page says."""
+    import numpy as np
+    import torch
+
+    from jpo_ray.feedback.annotators import Annotator, Answer, Comparison, Progress
+    from jpo_ray.feedback.judge import judge
+    from jpo_ray.objectives import Outcome
+    from jpo_ray.objectives.losses import Edges, Items, ItemScores, of_margins
+    from jpo_ray.pairs.sides import Side
+    from jpo_ray.pairs.strategies import Tile
+
+    space: dict[str, Any] = {"Sequence": tuple, "Priorities": Any}
+    space |= {kind.__name__: kind for kind in (Items, Edges, Outcome, Annotator, Answer, Comparison, Tile)}
+    space |= {"of_margins": of_margins, "Progress": Progress}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for block in re.findall(r"^( *)```python\n(.*?)^ *```$", text, re.M | re.S):
+        lines = [line.removeprefix(block[0]) for line in block[1].splitlines()]
+        exec("from __future__ import annotations\n" + "\n".join(lines), space)
+
+    scores = ItemScores(torch.tensor([0.0, 0.0]), torch.tensor([2.0, 1.5]))
+    zero = ItemScores(torch.zeros(2), torch.zeros(2))
+    ones = torch.ones(2, dtype=torch.int64)
+    items = Items(scores, zero, ones, ones, ones)
+    edges = Edges(*map(torch.tensor, ([0], [1], [False], [1.0], [float("nan")])))
+    assert space["my_loss"](items, edges, beta=0.4).loss_E.item() == pytest.approx((1 - 0.4 * 0.5) ** 2)
+
+    comparison = Comparison("k", "1", "2", "I", "a longer one", "I", "short")
+    assert judge([comparison], space["annotator"])[0]["verdict"] == "a"
+
+    side = Side(np.arange(2, dtype=np.uint64), np.arange(2, dtype=np.int64))
+    cosine = np.array([[1.0, 0.2], [0.2, 1.0]], dtype=np.float32)
+    assert space["distant"](Tile(side, side, cosine, 0)).argmax(axis=1).tolist() == [1, 0]
+
+
+def test_links_within_the_repository_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith(("http://", "https://")):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
