@@ -29,6 +29,8 @@ from jpo_ray.planning.plan import Plan
 from jpo_ray.planning.shapes import ModelShapes, model_folder, model_shapes
 from jpo_ray.planning.tokenizing import PlainTokenizer, plain_tokenizer
 
+OF_THE_HUB = "data of"  # begins what is said of a data set that is to be downloaded
+
 
 def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
     """Count what is here, compute the rest from it or from `config.plan`, and say what neither gives."""
@@ -46,8 +48,7 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
     judges: list[AnnotatorConfig] = [config.judge, *config.judge.also, *([evaluation] if evaluation else [])]
     models = list(missing_models(config, shapes, judges))
     needed = disk_gib(config, shapes)
-    remote = any(is_remote(source) for sources in split_sources(config.items).values() for source in sources)
-    hub = bool(models) or (remote and bool(not_here))
+    hub = bool(models) or any(line.startswith(OF_THE_HUB) for line in not_here)
     missing = [
         *not_here, *models, *hub_notes(config, hub), *missing_keys(judges),
         *missing_machine(config, machine, stages), *free_disk(machine, needed, run_dir),
@@ -88,7 +89,7 @@ def _read(config: RunConfig) -> tuple[dict[str, list[SourceRows]], list[str]]:
 def _not_here(split: str, source: Source, error: InputError) -> str:
     if source.path == SANDBOX or not is_remote(source):
         return str(error)
-    return f"data of items.{split}: {source_name(source)}"
+    return f"{OF_THE_HUB} items.{split}: {source_name(source)}"
 
 
 def _tables(

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from jpo_ray.config import RunConfig, TrainConfig
 from jpo_ray.engine.batches import total_steps
 from jpo_ray.planning.batching import Shared, shared_items
-from jpo_ray.planning.counts import Counts, Number, product, total, whole
+from jpo_ray.planning.counts import Counts, total
+from jpo_ray.planning.lengths import Number, product, whole
 from jpo_ray.planning.memory import reference_gib, sampling_gib, training_gib
 from jpo_ray.planning.shapes import ModelShapes
 

@@ -4,22 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jpo_ray.config import RunConfig
 from jpo_ray.data.items import ItemTables
-from jpo_ray.data.tokens import CHAT, Layout, tokenize
 from jpo_ray.pairs.members import conditional_pairs, joint_wish, labelled_pairs, short_items
-from jpo_ray.planning.tokenizing import CHARACTERS_PER_TOKEN, PlainTokenizer
+from jpo_ray.planning.lengths import COUNTED, STATED, UNKNOWN, Number, Tokens, count_tokens, product, whole
+from jpo_ray.planning.tokenizing import PlainTokenizer
 
-COUNTED, STATED, UNKNOWN = "counted", "stated in plan", "not known"
-TOKENIZED_AT_MOST = 20_000  # items; of more, so many stand for all
 COMPARED = ("train", "validation")
-
-Number = int | float | None
 
 
 @dataclass(frozen=True)
@@ -35,39 +29,12 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Tokens as the model sees them, and characters as a judge is shown them."""
-
-    origin: str
-    instruction: Number = None  # of an item in the mean, BOS and template included
-    response: Number = None  # EOS included
-    compared: int | None = None  # of all items that the reference scores
-    fine_tuning: int | None = None  # of one epoch of SFT
-    instruction_characters: Number = None
-    response_characters: Number = None
-
-
-@dataclass(frozen=True)
 class Counts:
     splits: Mapping[str, Split]
     fine_tuning: int | None  # items
     preferences: Mapping[str, int | None]  # decisive training comparisons by protocol
     preferences_origin: str
     tokens: Tokens
-
-
-def product(*values: Number) -> float | None:
-    """None where one factor is not known."""
-    found = 1.0
-    for value in values:
-        if value is None:
-            return None
-        found *= value
-    return found
-
-
-def whole(value: Number) -> int | None:
-    return None if value is None else round(value)
 
 
 def total(values: Sequence[Number]) -> int | None:
@@ -98,7 +65,8 @@ def count_all(
         preferences, origin = _labelled(config, short, labels, splits["train"]), COUNTED
     else:
         preferences, origin = _expected(config, splits["train"])
-    tokens = _tokens(config, items, counted, tokenizer, splits, fine_tuning)
+    number = total([split.items for split in splits.values()])
+    tokens = count_tokens(config, items, counted, tokenizer, number, fine_tuning)
     return Counts(splits, fine_tuning, preferences, origin, tokens)
 
 
@@ -194,66 +162,3 @@ def _expected(config: RunConfig, train: Split) -> tuple[dict[str, int | None], s
     if closure and found["joint"] is not None and train.items is not None:
         found["joint"] += train.items * closure.per_item // 2
     return found, f"{plan.decisive:.0%} of the judged ones"
-
-
-def _tokens(
-    config: RunConfig,
-    items: pa.Table | None,
-    counted: set[str],
-    tokenizer: PlainTokenizer | None,
-    splits: Mapping[str, Split],
-    fine_tuning: int | None,
-) -> Tokens:
-    plan = config.plan
-    number = total([split.items for split in splits.values()])
-    if items is None or "train" not in counted:
-        each = None if None in (plan.instruction_tokens, plan.response_tokens) else _sum(plan)
-        tuned = plan.sft_tokens if config.items.sft else each
-        return Tokens(
-            STATED if each else UNKNOWN,
-            plan.instruction_tokens,
-            plan.response_tokens,
-            whole(product(number, each)),
-            whole(product(fine_tuning, tuned)),
-            product(plan.instruction_tokens, CHARACTERS_PER_TOKEN),
-            product(plan.response_tokens, CHARACTERS_PER_TOKEN),
-        )
-    here = items.filter(pc.not_equal(items["split"], "sft"))
-    prompts, responses, exact = _lengths(config, here, tokenizer)
-    compared = whole(product(number, float(prompts.mean() + responses.mean())))
-    if config.items.sft:
-        tuned_rows = _of(items, "sft")
-        known = "sft" in counted and len(tuned_rows)
-        each_tuned = float(sum(map(np.mean, _lengths(config, tuned_rows, tokenizer)[:2]))) if known else plan.sft_tokens
-        fine = whole(product(fine_tuning, each_tuned))
-    else:
-        of_train = here.filter(pc.and_(pc.equal(here["split"], "train"), here["sft"]))
-        fine = int(sum(part.mean() for part in _lengths(config, of_train, tokenizer)[:2]) * len(of_train) + 0.5)
-    characters = (float(pc.mean(pc.utf8_length(here[name])).as_py()) for name in ("instruction", "response"))
-    return Tokens(exact, float(prompts.mean()), float(responses.mean()), compared, fine, *characters)
-
-
-def _sum(plan: Any) -> float:
-    return float(plan.instruction_tokens + plan.response_tokens)
-
-
-def _lengths(
-    config: RunConfig, items: pa.Table, tokenizer: PlainTokenizer | None
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], str]:
-    """Tokens of the instruction and the response part, of all items or of some that stand for them; and how."""
-    model = config.model
-    if tokenizer is None:
-        template = "" if model.template == CHAT else model.template.replace("{instruction}", "")
-        prompts, responses = (pc.utf8_length(items[name]).to_numpy() for name in ("instruction", "response"))
-        per_token = CHARACTERS_PER_TOKEN
-        return (prompts + len(template)) / per_token + 1, responses / per_token + 1, "four characters a token"
-    some = items
-    if len(items) > TOKENIZED_AT_MOST:
-        some = items.take(np.random.default_rng(0).permutation(len(items))[:TOKENIZED_AT_MOST])
-    # A chat template needs the whole of transformers: its own tokens, some ten an item, are left out here.
-    template = "{instruction}" if model.template == CHAT else model.template
-    layout = Layout(template, model.response_prefix, model.max_length)
-    texts = (some[name].to_pylist() for name in ("instruction", "response"))
-    tokens = tokenize(tokenizer, layout, *texts, clip=True)
-    how = "tokenized" if len(some) == len(items) else f"tokenized, {len(some):,} of {len(items):,} items"
-    return tokens.prompt_lengths.astype(float), tokens.response_tokens.astype(float), how

@@ -9,7 +9,8 @@ from jpo_ray.feedback.endpoint import CHARACTERS_PER_TOKEN, TOKENS_PER_MESSAGE
 from jpo_ray.feedback.meter import Prices
 from jpo_ray.feedback.prompts import Prompts, load_prompts
 from jpo_ray.planning.costs import responses_asked
-from jpo_ray.planning.counts import Counts, Number, product, total, whole
+from jpo_ray.planning.counts import Counts, total
+from jpo_ray.planning.lengths import Number, product, whole
 
 ASKED = ("openai", "vllm")  # annotators that are asked in words, in both orders
 
