@@ -48,7 +48,7 @@ def count_all(
     """`tables` hold the splits `counted`; the others are what `plan` says of them. A split without sources is empty."""
     items, labels = (tables.items, tables.labels.to_pylist()) if tables else (None, [])
     short = None if items is None else short_items(items, config.pairs.max_item_characters, config.model)
-    splits = {}
+    splits: dict[str, Split] = {}
     for split in ("train", "validation", "test"):
         if split in counted and items is not None and short is not None:
             splits[split] = _counted_split(config, split, items, short, labels)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jpo_ray.config import PlanConfig, RunConfig
+from jpo_ray.config import RunConfig
 from jpo_ray.data.tokens import CHAT, Layout, tokenize
 from jpo_ray.planning.tokenizing import CHARACTERS_PER_TOKEN, PlainTokenizer
 
@@ -74,7 +74,7 @@ def count_tokens(
 
 
 def _stated(config: RunConfig, number: int | None, fine_tuning: int | None) -> Tokens:
-    plan: PlanConfig = config.plan
+    plan = config.plan
     if plan.instruction_tokens is None or plan.response_tokens is None:
         return Tokens(UNKNOWN, fine_tuning=whole(product(fine_tuning, plan.sft_tokens)))
     each = plan.instruction_tokens + plan.response_tokens

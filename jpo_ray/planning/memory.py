@@ -83,7 +83,7 @@ def _adapted_layer(train: TrainConfig, shapes: ModelShapes, half: bool) -> float
     after_attention = bool(names & {"o_proj", "c_proj"})
     in_mlp = bool(names & {"gate_proj", "up_proj", "c_fc"})
     widths = 5 + 2 * half + after_attention + in_mlp
-    found = 2 * shapes.inner_width + 2 * shapes.key_value_width + widths * shapes.width
+    found: float = 2 * shapes.inner_width + 2 * shapes.key_value_width + widths * shapes.width
     if train.lora_dropout:  # each adapter keeps its own masked input
         found += 1.7 * sum(shape[1] for shape in adapted.values()) / max(1, shapes.layers)
     return found
