@@ -98,6 +98,7 @@ def test_with_checkpointing_a_layer_at_a_time_is_whole() -> None:
     assert activation_bytes(settings, checkpointing, small_llama()) == 4 * (4 * 128 + 2176 + 3 * 128)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "training",
@@ -129,7 +130,7 @@ def test_activations_are_what_the_engine_counts(dtype: str, training: dict[str, 
     scorer = make_scorer(model, autocast=torch.bfloat16 if half_whole else None)
     scorer.model.train()
     rng = np.random.default_rng(0)
-    items, length = 16, 64
+    items, length = 16, 32
     ids = rng.integers(3, 255, items * length).astype(np.int32)
     offsets = np.arange(0, items * length + 1, length).astype(np.int64)
     tokens = TokenizedItems(ids, offsets, np.full(items, 16, np.int32), 0)
