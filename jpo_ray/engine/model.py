@@ -21,15 +21,21 @@ def resolve_model(name_or_path: str, key: str = "model.model_name_or_path") -> P
 
     Raises `InputError`, naming the config's `key`, where it does not exist or holds no safetensors.
     """
-    folder = Path(name_or_path).expanduser()
-    if not folder.exists():
-        if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
-            raise InputError(f"{key}: {name_or_path}: no such folder")
-        folder = _download(name_or_path, key)
+    folder = model_folder(name_or_path, key)
     if not (folder / "config.json").exists():
         raise InputError(f"{key}: {folder}: holds no config.json; name the folder of a model")
     _check_weights(folder, key)
     return folder
+
+
+def model_folder(name_or_path: str, key: str) -> Path:
+    """`resolve_model` without a look at what the folder holds."""
+    folder = Path(name_or_path).expanduser()
+    if folder.exists():
+        return folder
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+        raise InputError(f"{key}: {name_or_path}: no such folder")
+    return _download(name_or_path, key)
 
 
 def _check_weights(folder: Path, key: str) -> None:
@@ -85,6 +91,8 @@ def load_model(folder: Path, *, dtype: str, load_in_4bit: bool = False, device: 
     config = AutoConfig.from_pretrained(folder)
     _disable_attention_dropout(config)
     options: dict[str, Any] = {"config": config}
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # transformers' other kinds leave the cap out without a word (Gemma 2)
     if load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -128,23 +136,42 @@ def load_policy(folder: Path, model: BaseModelConfig, train: TrainConfig, *, see
 
 
 def add_lora(base: Any, train: TrainConfig, *, seed: int) -> Any:
-    """Fresh LoRA adapters on `base`, whose initial values depend on `seed` alone."""
+    """Fresh LoRA adapters on `base`, whose initial values depend on `seed` alone. Raises `InputError` where they cannot
+    be put where `train.lora_target_modules` says.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
+    targets = train.lora_target_modules
+    if targets == "all-linear" and any("experts" in name for name, _ in base.named_parameters()):
+        targets = _beside_experts(base)
     lora = LoraConfig(
         r=train.lora_r,
         lora_alpha=train.lora_alpha,
         lora_dropout=train.lora_dropout,
-        target_modules=train.lora_target_modules,
+        target_modules=targets,
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),  # GPT-2's transposed weights
     )
     try:
         return get_peft_model(base, lora)
     except ValueError as error:
-        raise InputError(f"train.{train.name}.lora_target_modules: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if "lora_dropout" in reason:
+            reason = "LoRA on experts takes no dropout; set lora_dropout: 0, or name other modules"
+        raise InputError(f"train.{train.name}.lora_target_modules: {reason}") from error
+
+
+# What the layers of experts and their routers are called; peft takes these names for the experts' stacked weights too.
+OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def _beside_experts(base: Any) -> list[str]:
+    """Names of a mixture of experts' linear layers other than its experts': those of attention."""
+    head = base.get_output_embeddings()
+    linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return sorted({name.rsplit(".", 1)[-1] for name in linear} - OF_EXPERTS)
 
 
 def backbone_and_head(model: Any) -> tuple[nn.Module, nn.Module]:

@@ -22,7 +22,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from engine.tiny import World, config, difference, gradients_of, only_conditional, policy_scorer, save
+from engine.tiny import SIZES, World, config, difference, gradients_of, only_conditional, policy_scorer, save
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.dropout import KeyedDropout
 from jpo_ray.engine.micro_batches import lay_out, micro_batches, tree_tokens, trees_of
@@ -30,12 +30,6 @@ from jpo_ray.engine.model import load_model
 from jpo_ray.engine.scoring import Scorer, make_scorer, score_items
 from jpo_ray.engine.step import accumulate_gradients
 from jpo_ray.engine.tasks import preference_task
-
-SIZES = {
-    "vocab_size": 420, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0, "initializer_range": 0.1,
-}  # fmt: skip
 
 
 def rebuilt(scorer: Scorer, *, packed: bool) -> Scorer:

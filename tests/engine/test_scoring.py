@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -16,7 +15,20 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from engine.tiny import World, config, difference, gradients_of, make_llama, plain_scorer, policy_scorer, save
+from engine.tiny import (
+    PER_TOKEN,
+    SIZES,
+    World,
+    all_plain,
+    config,
+    difference,
+    gradients_of,
+    make_llama,
+    plain_scorer,
+    policy_scorer,
+    save,
+    worst_per_token,
+)
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine import logprobs
 from jpo_ray.engine.micro_batches import micro_batches
@@ -24,32 +36,6 @@ from jpo_ray.engine.model import load_model
 from jpo_ray.engine.scoring import make_scorer, score_items
 from jpo_ray.engine.step import score_all
 from jpo_ray.errors import InputError
-
-PER_TOKEN = 1e-5  # nats: rounding of float32 over two layers
-SIZES = {
-    "vocab_size": 420, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0, "initializer_range": 0.1,
-}  # fmt: skip
-
-
-def plain_logprobs(model: Any, tokens: TokenizedItems, row: int) -> tuple[float, float]:
-    """By transformers' own forward and torch's log_softmax: instruction part, response part."""
-    ids = torch.from_numpy(tokens.item(row).astype(np.int64)).unsqueeze(0)
-    with torch.no_grad():
-        logprobs = model(input_ids=ids).logits.double().log_softmax(-1)[0, :-1]
-    each = logprobs.gather(1, ids[0, 1:].unsqueeze(1)).squeeze(1)
-    boundary = int(tokens.prompt_lengths[row]) - 1
-    return float(each[:boundary].sum()), float(each[boundary:].sum())
-
-
-def all_plain(folder: Path, tokens: TokenizedItems) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return torch.tensor([plain_logprobs(model, tokens, row) for row in range(len(tokens))], dtype=torch.float64)
-
-
-def worst_per_token(a: torch.Tensor, b: torch.Tensor, tokens: TokenizedItems) -> float:
-    return float(((a - b).abs().sum(1) / torch.from_numpy(tokens.lengths)).max())
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -40,6 +40,12 @@ RESPONSES = [
     ("Hello, dear world. Goodbye.", "No."),
 ]
 DROPOUT = 0.2
+PER_TOKEN = 1e-5  # nats: rounding of float32 over two layers
+SIZES = {
+    "vocab_size": 420, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0, "initializer_range": 0.1,
+}  # fmt: skip
 
 
 @cache
@@ -165,13 +171,18 @@ def policy_scorer(model: Path, train: TrainConfig, *, moved: bool = True) -> Sco
     if train.use_peft:
         policy = add_lora(policy, train, seed=0)
     if moved:
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+        move(policy)
     policy.train()
     return make_scorer(policy, dropout_seed=3)
+
+
+@torch.no_grad()
+def move(policy: Any) -> None:
+    """Change all trained parameters a little, every time alike."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
 
 
 def gradients_of(scorer: Scorer, data: PreferenceData, train: TrainConfig, step: int = 0) -> tuple[float, torch.Tensor]:
@@ -185,3 +196,29 @@ def gradients_of(scorer: Scorer, data: PreferenceData, train: TrainConfig, step:
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Norm of the difference, relative to the norm of `b`."""
     return float((a - b).norm() / b.norm())
+
+
+def plain_logprobs(model: Any, tokens: TokenizedItems, row: int) -> torch.Tensor:
+    """By transformers' own forward and torch's log_softmax: instruction part, response part, float64[2]."""
+    ids = torch.from_numpy(tokens.item(row).astype(np.int64)).unsqueeze(0)
+    logprobs = model(input_ids=ids).logits.double().log_softmax(-1)[0, :-1]
+    each = logprobs.gather(1, ids[0, 1:].unsqueeze(1)).squeeze(1)
+    boundary = int(tokens.prompt_lengths[row]) - 1
+    return torch.stack([each[:boundary].sum(), each[boundary:].sum()])
+
+
+def plain_model(folder: Path) -> Any:
+    """By transformers alone, with the attention that it writes out."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+@torch.no_grad()
+def all_plain(folder: Path, tokens: TokenizedItems) -> torch.Tensor:
+    model = plain_model(folder).eval()
+    return torch.stack([plain_logprobs(model, tokens, row) for row in range(len(tokens))])
+
+
+def worst_per_token(a: torch.Tensor, b: torch.Tensor, tokens: TokenizedItems) -> float:
+    return float(((a - b).abs().sum(1) / torch.from_numpy(tokens.lengths)).max())

@@ -1,0 +1,133 @@
+"""Any causal language model of transformers: scores and gradients of the engine are those of the plain model.
+
+Each architecture is random and tiny. Dense ones differ in norms, positions, heads, biases, windows and caps; those with
+experts also in their routers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from engine.tiny import (
+    PER_TOKEN,
+    SIZES,
+    World,
+    all_plain,
+    config,
+    difference,
+    gradients_of,
+    make_world,
+    move,
+    plain_logprobs,
+    plain_model,
+    plain_scorer,
+    policy_scorer,
+    save,
+    worst_per_token,
+)
+from jpo_ray.config import TrainConfig
+from jpo_ray.engine.model import add_lora, load_model
+from jpo_ray.engine.step import score_all
+from jpo_ray.errors import InputError
+
+NO_HEAD_DIM = {name: size for name, size in SIZES.items() if name != "head_dim"}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# name -> class and config, their sizes and what is special about it
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-untied": ("Llama", SIZES | {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+    "mistral-window": ("Mistral", SIZES | {"sliding_window": 16}),
+    "qwen2-tied": ("Qwen2", NO_HEAD_DIM | {"tie_word_embeddings": True}),
+    "gemma2-caps": (
+        "Gemma2",
+        SIZES | {"sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0,
+                 "final_logit_softcapping": 3.0},
+    ),
+    "gpt2": ("GPT2", {"vocab_size": 420, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128,
+                      "initializer_range": 0.1, "bos_token_id": None, "eos_token_id": 2, "resid_pdrop": 0.0,
+                      "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "mixtral": ("Mixtral", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}  # fmt: skip
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("Llama", SIZES | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", SIZES | {"tie_word_embeddings": False}),
+    "gemma": ("Gemma", SIZES | {"num_key_value_heads": 1}),
+    "gemma3": ("Gemma3", SIZES | {"sliding_window": 16, "query_pre_attn_scalar": 32}),
+    "neox": ("GPTNeoX", NO_HEAD_DIM | {"use_parallel_residual": True}),
+    "phi3-fused": ("Phi3", NO_HEAD_DIM | {"pad_token_id": 0}),
+    "qwen2-moe": ("Qwen2Moe", NO_HEAD_DIM | EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "qwen3-moe": ("Qwen3Moe", SIZES | EXPERTS | {"norm_topk_prob": True}),
+    "gpt-oss": (
+        "GptOss",
+        SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "rope_parameters": ROPE},
+    ),
+}  # fmt: skip
+PADDED = ("gemma2-caps", "gpt-oss")  # their attention is not torch's fused one
+
+
+def make(name: str, folder: Path) -> Path:
+    kind, sizes = (ARCHITECTURES | MORE)[name]
+    model = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
+    chosen = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    return save(model, chosen(**sizes), folder, 0, bos=kind != "GPT2")
+
+
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> World:  # noqa: ARG001
+    return make_world(make(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+def test_scores_are_those_of_the_plain_model(built: World) -> None:
+    expected, every = all_plain(built.model, built.tokens), np.arange(len(built.tokens))
+    for packed in (True, False):
+        scorer = plain_scorer(built.model, packed=packed)
+        assert scorer.packed == (packed and built.model.name.rstrip("0") not in PADDED)
+        found = score_all(scorer, built.tokens, every, max_tokens=300)
+        assert worst_per_token(found, expected, built.tokens) < PER_TOKEN
+
+
+@pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])
+def test_gradients_of_a_step_are_autograds_of_the_plain_model(built: World, use_peft: bool) -> None:
+    train = config(use_peft=use_peft, lora_dropout=0.0)
+    expected_loss, expected = plain_gradients(built, train)
+    scorer = policy_scorer(built.model, train)
+    for packed in (scorer.packed, False):
+        loss, gradient = gradients_of(replace(scorer, packed=packed), built.data, train)
+        assert loss == pytest.approx(expected_loss, abs=1e-4)
+        assert difference(gradient, expected) < 1e-3
+
+
+def test_lora_on_experts_takes_no_dropout_and_is_asked_for_by_name(tmp_path: Path) -> None:
+    """`all-linear` means attention's layers there; a name of an expert's layer, all experts' stacked weights."""
+    folder = make("mixtral", tmp_path)
+    adapted = add_lora(load_model(folder, dtype="float32"), config(), seed=0)
+    of = {name.split(".self_attn.")[-1].split(".")[0] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert of == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(InputError, match=r"LoRA on experts takes no dropout; set lora_dropout: 0, or name"):
+        add_lora(load_model(folder, dtype="float32"), config(lora_target_modules=["w1", "w2", "w3"]), seed=0)
+
+
+def plain_gradients(world: World, train: TrainConfig) -> tuple[float, torch.Tensor]:
+    """JPO's loss written out over transformers' own logits, item by item, and autograd's gradients of it."""
+    policy = plain_model(world.model)
+    if train.use_peft:
+        policy = add_lora(policy, train, seed=0)
+    move(policy)
+    scores = torch.stack([plain_logprobs(policy, world.tokens, row) for row in range(12)])
+    edges, reference = world.data.train, torch.from_numpy(world.data.reference[:12])
+    ratios = scores - reference
+    counted = torch.stack([torch.from_numpy(edges.joint).double(), torch.ones(len(edges)).double()], dim=1)
+    margin = train.beta * ((ratios[edges.chosen] - ratios[edges.rejected]) * counted).sum(1)
+    weights = torch.from_numpy(edges.weight).double()
+    loss = (-F.logsigmoid(margin) * weights).sum() / weights.sum()
+    loss.backward()
+    found = [parameter.grad for parameter in policy.parameters() if parameter.requires_grad]
+    return float(loss.detach()), torch.cat([gradient.flatten() for gradient in found if gradient is not None])
