@@ -82,6 +82,21 @@ def _annotate(arguments: argparse.Namespace) -> None:
     )
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from jpo_ray.pipeline.export import export_model, push_to_hub, require_token
+
+    if arguments.push_to_hub:
+        require_token(arguments.push_to_hub)
+    console, out = Console(), arguments.out
+    export_model(
+        arguments.run_dir, arguments.model, out, console, adapter=arguments.adapter, base=arguments.base
+    )  # fmt: skip
+    if arguments.push_to_hub:
+        push_to_hub(out, arguments.push_to_hub, console, public=arguments.public)
+
+
 def _serve(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -115,24 +130,10 @@ def _alpaca_eval(arguments: argparse.Namespace) -> None:
         import_annotations(arguments.run_dir, arguments.annotations, arguments.out, Console())
 
 
-def _plan(arguments: argparse.Namespace) -> None:
-    from jpo_ray.config_file import load_config
-    from jpo_ray.pipeline.plan import make_plan
-    from jpo_ray.planning.show import plan_lines
-
-    plan = make_plan(load_config(arguments.config, arguments.overrides), arguments.run_dir)
-    if arguments.json:
-        import json
-
-        print(json.dumps(plan.as_dict(), indent=2))
-    else:
-        print("\n".join(plan_lines(plan, str(arguments.config))))
-
-
 OWN_COMMANDS = {
-    "plan": _plan,
     "analyze": _analyze,
     "annotate": _annotate,
+    "export": _export,
     "serve": _serve,
     "scale": _scale,
     "alpaca-eval": _alpaca_eval,

@@ -34,18 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
         "analyze", help="agreement of annotators, and what conditional and joint verdicts share"
     )
     _add_analyze(analyze)
-    plan = commands.add_parser("plan", help="what a run will take, and what is missing for it; nothing is downloaded")
-    plan.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
-    plan.add_argument("--run-dir", type=Path, help="where it would go, for its free space")
-    plan.add_argument("--json", action="store_true", help="as JSON")
-    plan.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="plan.train_instructions=12000, plan.mfu=0.4"
-    )
     _add_annotate(commands.add_parser("annotate", help="a web page on which people compare"))
     serve = commands.add_parser("serve", help="an OpenAI-compatible endpoint for a run's models")
     serve.add_argument("--run-dir", type=Path, help="folder of a run that has trained models")
     serve.add_argument("--config", type=Path, help="YAML file; see configs/serve/")
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: port=8001, replicas=2")
+    _add_export(commands.add_parser("export", help="a model of a run as a folder to use elsewhere, or to publish"))
     scaling = commands.add_parser("scale", help="an experiment: runs over a grid, with curves and tables")
     scaling.add_argument("--experiment", type=Path, required=True, help="YAML file; see configs/experiments/")
     scaling.add_argument("--run-dir", type=Path, required=True, help="folder of the experiment's runs")
@@ -102,6 +96,16 @@ def _add_annotate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8420, help="default: 8420")
     parser.add_argument("--release-after", type=float, default=24, metavar="HOURS", help="of an open comparison")
     parser.add_argument("--export", action="store_true", help="only write what is answered, also beside a server")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of a run that has trained models")
+    parser.add_argument("--model", required=True, metavar="NAME", help="`sft` or an entry of `train`")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
+    parser.add_argument("--adapter", action="store_true", help="leave an adapter one, instead of merging it")
+    parser.add_argument("--base", metavar="ID", help="with --adapter: what its base is called where it will be used")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="also send it to the Hugging Face Hub")
+    parser.add_argument("--public", action="store_true", help="make a new repository public; default: private")
 
 
 def _add_judge_files(files: "argparse._ArgumentGroup") -> None:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from jpo_ray.config_base import NAME_PATTERN, Cosine, Count, NonNegative, Positive, Section, Seed, Steps
 from jpo_ray.config_judge import AnnotatorConfig, JudgeConfig
 from jpo_ray.config_objective import OBJECTIVES, LossConfig, Reads
-from jpo_ray.config_plan import PlanConfig
+from jpo_ray.config_rounds import RoundsConfig
 
 SANDBOX = "sandbox"  # the embedded world: as a source's path its rows, as the model's its base model
 TINY = "tiny"  # a base model made from the run's own text
@@ -171,7 +171,10 @@ class TrainConfig(OptimizerConfig, LossConfig):
     lora_r: Count = 8
     lora_alpha: Count = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    # Of a mixture of experts `all-linear` means attention's; experts are taken by the names of their layers.
     lora_target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    # Folder of an adapter (without use_peft: of a model) to go on from; the reference stays the SFT model.
+    continue_from: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -254,11 +257,40 @@ class RunConfig(Section):
     judge: JudgeConfig = JudgeConfig()
     sft: SFTConfig | None = SFTConfig()  # null: the base model is the SFT model already
     train: list[TrainConfig] = Field(default=[TrainConfig()], min_length=1)
+    rounds: RoundsConfig | None = None  # or a number of rounds
     sample: SampleConfig | None = SampleConfig()
     evaluate: EvaluateConfig | None = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     cluster: ClusterConfig = ClusterConfig()
-    plan: PlanConfig = PlanConfig()  # for `jpo plan` alone
+
+    @model_validator(mode="after")
+    def _rounds_follow_one_policy(self) -> "RunConfig":
+        if self.rounds is None:
+            return self
+        if len(self.train) > 1:
+            raise ValueError(f"rounds follow one policy and `train` has {len(self.train)} entries; leave one of them")
+        if self.train[0].continue_from:
+            raise ValueError("rounds go on from round to round by themselves; leave train.continue_from out")
+        if self.judge.annotator in ("labels", "ratings"):
+            raise ValueError(
+                f"rounds judge fresh samples, which the data's {self.judge.annotator} say nothing of; set "
+                "judge.annotator to one that can judge them"
+            )
+        if self.pairs.joint is not None and self.pairs.joint.strategy in ("proxy", "labelled"):
+            raise ValueError(
+                f"pairs.joint.strategy {self.pairs.joint.strategy} needs labels, and fresh samples have none"
+            )
+        if self.evaluate is not None and self.evaluate.policies:
+            raise ValueError("evaluate.policies compares with one reference; set it to false where there are rounds")
+        return self
+
+    @property
+    def trained(self) -> list[TrainConfig]:
+        """What the `train` stage makes: its entries, or one model for each of the rounds (`jpo-1`, `jpo-2`, ...)."""
+        if self.rounds is None:
+            return self.train
+        (entry,) = self.train
+        return [entry.model_copy(update={"name": f"{entry.name}-{n}"}) for n in range(1, self.rounds.count + 1)]
 
     @model_validator(mode="after")
     def _names_fit(self) -> "RunConfig":
@@ -295,6 +327,7 @@ class RunConfig(Section):
                     "or pro"
                 )
         wanted = (self.sample.models or []) if self.sample else []
+        names = [entry.name for entry in self.trained]
         if unknown := [f"`{name}`" for name in wanted if name not in ("sft", *names)]:
             count = f" ({len(unknown)} of {len(wanted)} are none)" if len(unknown) > 1 else ""
             raise ValueError(f"sample.models: no model {', '.join(unknown)}{count}; there are sft, {', '.join(names)}")

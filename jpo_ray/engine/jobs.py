@@ -90,8 +90,9 @@ def train_preferences(
             policy.enable_input_require_grads()
     autocast = None if config.use_peft else _autocast(model)
     scorer = _spread(make_scorer(policy, dropout_seed=_seed(config), autocast=autocast), config, device)
-    # Before the first update the policy is the reference.
-    if data.reference is not None and newest_checkpoint(out) is None:
+    # Before the first update the policy is the reference, unless it goes on from another training.
+    fresh = newest_checkpoint(out) is None and config.continue_from is None
+    if data.reference is not None and fresh:
         check_margins(scorer, data, config, model.dtype)
     task = preference_task(scorer, data, config, _seed(config), total_steps)
     final_dtype = None if config.use_peft else DTYPES[model.dtype]

@@ -128,11 +128,21 @@ def _disable_attention_dropout(config: Any) -> None:
 
 
 def load_policy(folder: Path, model: BaseModelConfig, train: TrainConfig, *, seed: int, device: str = "cpu") -> Any:
-    """The model to train: LoRA adapters on frozen (perhaps 4-bit) weights, or all parameters in float32."""
+    """The model to train: LoRA adapters on frozen (perhaps 4-bit) weights, or all parameters in float32; fresh, or as
+    `train.continue_from` left them.
+    """
     if not train.use_peft:
-        return load_model(folder, dtype="float32", device=device)
+        return load_model(Path(train.continue_from or folder), dtype="float32", device=device)
     base = load_model(folder, dtype=model.dtype, load_in_4bit=model.load_in_4bit, device=device)
-    return add_lora(base, train, seed=seed)
+    return add_lora(base, train, seed=seed) if train.continue_from is None else _trained_lora(base, train)
+
+
+def _trained_lora(base: Any, train: TrainConfig) -> Any:
+    """The adapter that training goes on from; its rank, targets and dropout are its own."""
+    from peft import PeftModel
+
+    assert train.continue_from is not None
+    return PeftModel.from_pretrained(base, train.continue_from, is_trainable=True, use_safetensors=True)
 
 
 def add_lora(base: Any, train: TrainConfig, *, seed: int) -> Any:

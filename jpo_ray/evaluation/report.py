@@ -86,7 +86,7 @@ def _context(
     sampled = [] if samples is None else samples.column("model").unique().to_pylist()
     models = in_order(config, [*summary["models"], *sampled])
     series = series_of(models)
-    states = {entry.name: trainer_state(run, f"train/{entry.name}", standing) for entry in config.train}
+    states = {entry.name: trainer_state(run, f"train/{entry.name}", standing) for entry in config.trained}
     logs = panels.logs_of(states)
     sft_log = trainer_state(run, "sft", standing).get("log_history") or []
     missing = missing_stages(config, standing)
@@ -184,7 +184,7 @@ def _trainings(config: RunConfig, states: Mapping[str, Mapping[str, Any]]) -> li
             "epochs": states[entry.name].get("epoch"),
             **final_values(states[entry.name].get("log_history") or []),
         }
-        for entry in config.train
+        for entry in config.trained
         if states[entry.name]
     ]
 

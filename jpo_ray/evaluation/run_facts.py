@@ -15,12 +15,13 @@ from jpo_ray.files import read_json
 from jpo_ray.records import PROTOCOLS, SPLITS
 from jpo_ray.runs import RunDir
 
+IN_ROUNDS = ("pairs", "judge", "reference")
 # A config section that can be null, and what its absence means.
 OFF = {
     "sft": "no SFT: `sft` is off in the config, the base model is the SFT model",
     "sample": "not sampled: `sample` is off in the config",
     "evaluate": "not evaluated: `evaluate` is off in the config",
-}
+} | dict.fromkeys(IN_ROUNDS, "each round has its own, below `rounds/`")
 PENDING = {
     "items": "no items yet: run `jpo items`",
     "pairs": "no pairs yet: run `jpo pairs`",
@@ -43,16 +44,14 @@ def planned_artifacts(config: RunConfig) -> list[str]:
     """The artifacts this config makes, in the order of the stages."""
     before = [stage for stage in ("items", "pairs", "judge", "sft", "reference") if stage not in off_stages(config)]
     after = [stage for stage in ("sample", "evaluate") if stage not in off_stages(config)]
-    return [*before, *(f"train/{entry.name}" for entry in config.train), *after]
+    return [*before, *(f"train/{entry.name}" for entry in config.trained), *after]
 
 
 def off_stages(config: RunConfig) -> list[str]:
     """Stages this config leaves out."""
-    return [
-        stage
-        for stage, section in (("sft", config.sft), ("sample", config.sample), ("evaluate", config.evaluate))
-        if section is None
-    ]
+    in_rounds = IN_ROUNDS if config.rounds else ()
+    sections = (("sft", config.sft), ("sample", config.sample), ("evaluate", config.evaluate))
+    return [*in_rounds, *(stage for stage, section in sections if section is None)]
 
 
 def standing_manifests(run: RunDir, config: RunConfig) -> dict[str, Manifest]:
@@ -200,4 +199,4 @@ def win_rates_of(run: RunDir, config: RunConfig, standing: Mapping[str, Manifest
 
 def in_order(config: RunConfig, others: Iterable[str]) -> list[str]:
     """`sft`, the config's models, then any other that an artifact names."""
-    return list(dict.fromkeys(["sft", *(entry.name for entry in config.train), *others]))
+    return list(dict.fromkeys(["sft", *(entry.name for entry in config.trained), *others]))

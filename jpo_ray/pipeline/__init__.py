@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from jpo_ray.cache import cache_folder
 from jpo_ray.config import TINY, RunConfig
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
@@ -20,6 +21,7 @@ from jpo_ray.pipeline import (
     sample_stage,
 )
 from jpo_ray.pipeline.annotating import check_annotator
+from jpo_ray.pipeline.base_model import MODEL_KEY, adapter_to_start_from, base_model
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec, build, run_stage, show, stands
 from jpo_ray.pipeline.instructions import check_instructions_fit
@@ -44,6 +46,8 @@ def run_stages(
     stages: Sequence[str],
     console: Console | None = None,
     others: Sequence[Path] = (),
+    *,
+    summary: bool = True,
 ) -> None:
     """Run `stages` in order on `run_dir`; finished ones whose inputs and config are unchanged are skipped.
 
@@ -54,13 +58,13 @@ def run_stages(
         context = Context(run, config, console, STAGES, stack)
         _check_early(context, stages)
         for stage in stages:
-            if stage == "train" and config.cluster.trainings_at_once > 1:
+            if stage == "train" and config.cluster.trainings_at_once > 1 and config.rounds is None:
                 train_side_by_side(context)
             else:
                 run_stage(context, stage)
             if stage == "items" and "sft" in stages:
                 check_instructions_fit(context)
-        if "report" in stages:
+        if "report" in stages and summary:
             _summarise(context)
 
 
@@ -103,10 +107,20 @@ def dry_run_judge(config: RunConfig, run_dir: Path, console: Console | None = No
 def _check_early(context: Context, stages: Sequence[str]) -> None:
     """Raise for a model, engine or key that is not there, which would else be found after hours of other stages."""
     from jpo_ray.cluster.sampling import choose_engine
+    from jpo_ray.engine.adapters import base_of
+    from jpo_ray.engine.merging import tokenizer_of
     from jpo_ray.engine.model import load_tokenizer
 
     if "sft" in stages and context.config.model.model_name_or_path != TINY:
-        load_tokenizer(model_stages.base_model(context)[0])
+        if adapter := adapter_to_start_from(context):
+            base = base_of(adapter, MODEL_KEY, cache_folder())
+            tokenizer_of(adapter, base)
+            context.console.print(
+                f"  {adapter} is an adapter: what starts from it, and the reference, is it merged into {base}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+        else:
+            load_tokenizer(base_model(context)[0])
     sample, evaluate, items = context.config.sample, context.config.evaluate, context.config.items
     if "sample" in stages and sample is not None:
         choose_engine(sample.engine)

@@ -77,7 +77,7 @@ def _invalid(rows: Sequence[dict[str, Any]], warning: str) -> dict[str, Any]:
 def _policies_spec(context: Context) -> Spec:
     names = ("items", "judge", "reference", "sample")
     inputs = {name: context.standing(name, name).fingerprint for name in names} | {"sft": sft_model(context)[1]}
-    trained = [entry.name for entry in context.config.train]
+    trained = [entry.name for entry in context.config.trained]
     inputs |= {name: context.standing(f"train/{name}", "train").fingerprint for name in trained}
     return Spec("policies", "evaluate", inputs, {}, lambda out: _policies(context, trained, out))
 

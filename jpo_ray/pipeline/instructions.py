@@ -7,8 +7,8 @@ import pyarrow as pa
 from jpo_ray import records
 from jpo_ray.config import TINY
 from jpo_ray.data.tokens import check_lengths, prompt_ids
+from jpo_ray.pipeline.base_model import MODEL_KEY, adapter_to_start_from, base_model, item_texts
 from jpo_ray.pipeline.context import Context
-from jpo_ray.pipeline.model_stages import base_model, item_texts
 
 
 def check_instructions_fit(context: Context) -> None:
@@ -30,9 +30,13 @@ def long_instructions(context: Context, items: pa.Table, limit: int) -> set[str]
 
 def _tokenizer(context: Context, items: pa.Table) -> Any:
     """The base model's, before there is one where it is made from the run's own text."""
+    from jpo_ray.engine.adapters import base_of
+    from jpo_ray.engine.merging import tokenizer_of
     from jpo_ray.engine.model import load_tokenizer
     from jpo_ray.sandbox.model import TINY_VOCABULARY, make_tokenizer
 
     if context.config.model.model_name_or_path == TINY:  # as the `sft` stage will make it
         return make_tokenizer(item_texts(items), TINY_VOCABULARY)
+    if adapter := adapter_to_start_from(context):
+        return tokenizer_of(adapter, base_of(adapter, MODEL_KEY))
     return load_tokenizer(base_model(context)[0])

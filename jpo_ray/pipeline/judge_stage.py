@@ -37,6 +37,8 @@ Floats = npt.NDArray[np.float64]
 
 
 def judge_specs(context: Context) -> list[Spec]:
+    if context.config.rounds is not None:  # each has its own
+        return []
     inputs = {name: context.standing(name, name).fingerprint for name in ("items", "pairs")}
     for config in (context.config.judge, *context.config.judge.also):
         inputs |= annotator_inputs(config)

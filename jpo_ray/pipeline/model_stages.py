@@ -7,56 +7,22 @@ from typing import Any
 import pyarrow as pa
 
 from jpo_ray import records
-from jpo_ray.config import SANDBOX, TINY, TrainConfig
+from jpo_ray.config import TrainConfig
 from jpo_ray.data.tokens import tokenize, tokenizer_hash
 from jpo_ray.errors import InputError
+from jpo_ray.files import read_json
+from jpo_ray.pipeline.base_model import base_model, base_specs
 from jpo_ray.pipeline.console import Bar, progress_bar
 from jpo_ray.pipeline.context import Context, Spec
 
 TRAINED = ("comparisons", "validation_comparisons", "items_per_comparison", "truncated")  # facts of a training
 
 
-def base_specs(context: Context) -> list[Spec]:
-    """`base` is an artifact only where the base model is made from the run's own text."""
-    if context.config.model.model_name_or_path != TINY:
-        return []
-    items = context.standing("items", "items").fingerprint
-
-    def make(out: Path) -> dict[str, Any]:
-        from jpo_ray.sandbox.model import make_tiny_model
-
-        texts = item_texts(records.read_table(context.path("items") / "items.parquet", records.ITEMS))
-        make_tiny_model(texts, out, seed=context.config.seed)
-        return {"texts": len(texts)}
-
-    return [Spec("base", "sft", {"items": items}, {"seed": context.config.seed}, make)]
-
-
-def item_texts(items: Any) -> list[str]:
-    """The distinct texts of the items, from which a tiny model's tokenizer is made."""
-    return list(dict.fromkeys([*items["instruction"].to_pylist(), *items["response"].to_pylist()]))
-
-
-def base_model(context: Context) -> tuple[Path, str]:
-    """Folder and hash of the base model."""
-    from jpo_ray.cache import cache_folder
-    from jpo_ray.engine.model import model_hash, resolve_model
-
-    name = context.config.model.model_name_or_path
-    if name == TINY:
-        return context.path("base"), context.specs_of("sft")[0].fingerprint
-    if name == SANDBOX:
-        from jpo_ray.sandbox import BASE_MODEL
-
-        folder = resolve_model(str(BASE_MODEL))
-    else:
-        folder = resolve_model(name)
-    return folder, model_hash(folder, cache_folder())
-
-
 def sft_model(context: Context) -> tuple[Path, str]:
     """Folder and fingerprint of the SFT model: the base model itself where `sft` is off."""
     if context.config.sft is None:
+        if base_specs(context):
+            context.standing("base", "sft")
         return base_model(context)
     return context.path("sft"), context.standing("sft", "sft").fingerprint
 
@@ -86,7 +52,9 @@ def sft_specs(context: Context) -> list[Spec]:
 
 
 def reference_specs(context: Context) -> list[Spec]:
-    """Nothing where no objective compares with the reference and nobody else asks for it."""
+    """Nothing where no objective compares with the reference and nobody else asks for it; rounds have their own."""
+    if context.config.rounds is not None:
+        return []
     train, evaluate = context.config.train, context.config.evaluate
     if not any("reference" in entry.reads for entry in train) and not (evaluate and evaluate.policies):
         return []
@@ -178,6 +146,10 @@ def reference_rows(items: pa.Table, seed: int, *, mismatched: bool) -> tuple[lis
 
 
 def train_specs(context: Context) -> list[Spec]:
+    if context.config.rounds is not None:
+        from jpo_ray.pipeline.rounds import round_specs
+
+        return round_specs(context)
     return [_train_spec(context, entry) for entry in context.config.train]
 
 
@@ -193,6 +165,8 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
     if embeds:
         inputs["embeddings"] = context.standing("embeddings", "pairs").fingerprint
     like = context.config.train_entry(entry.steps_like) if entry.steps_like else None
+    if entry.continue_from is not None:
+        inputs["continue_from"] = _to_go_on_from(context, entry)
 
     def make(out: Path) -> dict[str, Any]:
         from jpo_ray.cache import cache_folder
@@ -223,11 +197,28 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
         return _facts(state, TRAINED)
 
     slice_ = {
-        "train": seeded.model_dump(),
+        "train": seeded.model_dump(exclude={"continue_from"}),
         "steps_like": like.model_dump() if like else None,
         "model": _model_slice(context),
     }
     return Spec(f"train/{entry.name}", "train", inputs, slice_, make, keep_partial=True)
+
+
+def _to_go_on_from(context: Context, entry: TrainConfig) -> str:
+    """Hash of what `continue_from` names. Raises `InputError` unless it is what the entry trains, of the SFT model."""
+    from jpo_ray.cache import cache_folder
+    from jpo_ray.engine.adapters import CONFIG, check_base
+    from jpo_ray.engine.model import model_hash, resolve_model
+
+    assert entry.continue_from is not None
+    key, folder = f"train.{entry.name}.continue_from", Path(entry.continue_from)
+    if entry.use_peft:
+        check_base(folder, sft_model(context)[0], key, cache_folder())
+        if (rank := read_json(folder / CONFIG).get("r")) != entry.lora_r:
+            raise InputError(f"{key}: {folder} has rank {rank}; set lora_r: {rank}")
+    else:
+        resolve_model(str(folder), key)
+    return model_hash(folder, cache_folder())
 
 
 def _steps_of(context: Context, entry: TrainConfig) -> int:

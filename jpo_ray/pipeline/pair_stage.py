@@ -33,6 +33,8 @@ Labels = list[dict[str, Any]]
 
 
 def pairs_specs(context: Context) -> list[Spec]:
+    if context.config.rounds is not None:  # each has its own
+        return []
     items = context.standing("items", "items").fingerprint
     embeddings = Spec(
         "embeddings",

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,39 @@ def sample_specs(context: Context) -> list[Spec]:
 
 
 def _models(context: Context, config: SampleConfig) -> list[str]:
-    return config.models or ["sft", *(entry.name for entry in context.config.train)]
+    return config.models or ["sft", *(entry.name for entry in context.config.trained)]
 
 
 def _sample(context: Context, config: SampleConfig, engine: str, names: list[str], out: Path) -> dict[str, Any]:
+    instructions, without_gold = _instructions(context, config)
+    base = sft_model(context)[0].resolve()
+    models = [sampled_model(context, name, base) for name in names]
+    rows = draw(context, config, engine, instructions, models, context.seed(config.seed), out)
+    records.write_table(out / "samples.parquet", rows, records.SAMPLES)
+    return {
+        "samples": len(rows),
+        "instructions": len(instructions),
+        "left out without gold": without_gold,
+        "engine": engine,
+        "cut at max_new_tokens": sum(row["finish_reason"] == "length" for row in rows),
+        "empty responses": sum(not row["response"].strip() for row in rows),
+    }
+
+
+def draw(
+    context: Context,
+    config: SampleConfig,
+    engine: str,
+    instructions: Mapping[str, str],
+    models: Sequence[SampledModel],
+    seed: int,
+    out: Path,
+) -> list[dict[str, Any]]:
+    """Rows of `records.SAMPLES`: what the models say to `instructions` (id -> text), at every temperature.
+
+    Answers are kept in `out` as they come, so that an interrupted build goes on from them. Raises `RuntimeError` where
+    requests failed.
+    """
     from jpo_ray.cluster.sampling import generate
     from jpo_ray.data.tokens import prompt_ids
     from jpo_ray.engine.jobs import layout_of
@@ -58,12 +87,9 @@ def _sample(context: Context, config: SampleConfig, engine: str, names: list[str
 
     if engine == "transformers" and config.engine == "auto":
         context.console.print("  vllm is not installed: sampling with transformers, which is slower", highlight=False)
-    instructions, without_gold = _instructions(context, config)
-    base = sft_model(context)[0].resolve()
-    models = [_model(context, name, base) for name in names]
+    base = models[0].base
     prompts = prompt_ids(load_tokenizer(base), layout_of(context.config.model), list(instructions.values()))
     _require_room(base, max(map(len, prompts)), config.max_new_tokens)
-    seed = context.seed(config.seed)
     wanted = [
         (identity, text, ids, model, temperature, index)
         for model in models
@@ -118,17 +144,8 @@ def _sample(context: Context, config: SampleConfig, engine: str, names: list[str
         )
     if len(rows) != len(requests):
         raise RuntimeError(f"sample: {len(requests)} responses asked for, {len(rows)} came")
-    table = [{key: rows[number][key] for key in records.SAMPLES.names} for number in range(len(requests))]
-    records.write_table(out / "samples.parquet", table, records.SAMPLES)
     (out / ANSWERED).unlink()
-    return {
-        "samples": len(table),
-        "instructions": len(instructions),
-        "left out without gold": without_gold,
-        "engine": engine,
-        "cut at max_new_tokens": sum(row["finish_reason"] == "length" for row in table),
-        "empty responses": sum(not row["response"].strip() for row in table),
-    }
+    return [{key: rows[number][key] for key in records.SAMPLES.names} for number in range(len(requests))]
 
 
 def _report_failure(context: Context, request: Any, instruction: str, error: str, count: int) -> None:
@@ -143,7 +160,7 @@ def _report_failure(context: Context, request: Any, instruction: str, error: str
         context.console.print("  further failures are counted only", highlight=False)
 
 
-def _model(context: Context, name: str, base: Path) -> SampledModel:
+def sampled_model(context: Context, name: str, base: Path) -> SampledModel:
     """Raises `InputError` for an adapter that is not of `base`, the SFT model's folder."""
     from jpo_ray.engine.adapters import CONFIG, check_base
 
