@@ -130,7 +130,22 @@ def _alpaca_eval(arguments: argparse.Namespace) -> None:
         import_annotations(arguments.run_dir, arguments.annotations, arguments.out, Console())
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from jpo_ray.config_file import load_config
+    from jpo_ray.pipeline.plan import make_plan
+    from jpo_ray.planning.show import plan_lines
+
+    plan = make_plan(load_config(arguments.config, arguments.overrides), arguments.run_dir)
+    if arguments.json:
+        import json
+
+        print(json.dumps(plan.as_dict(), indent=2))
+    else:
+        print("\n".join(plan_lines(plan, str(arguments.config))))
+
+
 OWN_COMMANDS = {
+    "plan": _plan,
     "analyze": _analyze,
     "annotate": _annotate,
     "export": _export,

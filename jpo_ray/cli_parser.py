@@ -34,6 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
         "analyze", help="agreement of annotators, and what conditional and joint verdicts share"
     )
     _add_analyze(analyze)
+    plan = commands.add_parser("plan", help="what a run will take, and what is missing for it; nothing is downloaded")
+    plan.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
+    plan.add_argument("--run-dir", type=Path, help="where it would go, for its free space")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="plan.train_instructions=12000, plan.mfu=0.4"
+    )
     _add_annotate(commands.add_parser("annotate", help="a web page on which people compare"))
     serve = commands.add_parser("serve", help="an OpenAI-compatible endpoint for a run's models")
     serve.add_argument("--run-dir", type=Path, help="folder of a run that has trained models")

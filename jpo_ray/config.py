@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from jpo_ray.config_base import NAME_PATTERN, Cosine, Count, NonNegative, Positive, Section, Seed, Steps
 from jpo_ray.config_judge import AnnotatorConfig, JudgeConfig
 from jpo_ray.config_objective import OBJECTIVES, LossConfig, Reads
+from jpo_ray.config_plan import PlanConfig
 from jpo_ray.config_rounds import RoundsConfig
 
 SANDBOX = "sandbox"  # the embedded world: as a source's path its rows, as the model's its base model
@@ -262,6 +263,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig | None = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     cluster: ClusterConfig = ClusterConfig()
+    plan: PlanConfig = PlanConfig()  # for `jpo plan` alone
 
     @model_validator(mode="after")
     def _rounds_follow_one_policy(self) -> "RunConfig":

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from jpo_ray.data.items import build_items
 from jpo_ray.data.sources import SourceRows
 
+from .hub import comparison, feedback_row, hub_folder, parquet
 from .reading import error_of, read
 
 datasets = pytest.importorskip("datasets")
@@ -24,26 +23,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
-INFO = pa.struct([(name, pa.string()) for name in ("id", "post", "title", "subreddit", "site", "article")])
-
-
-def parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows)
-    if "info" in table.column_names:  # columns that are empty in one file must have the type of the other's
-        table = table.set_column(0, "info", pa.array([row["info"] for row in rows], INFO))
-    pq.write_table(table, path)
-
-
 def items_of(source: SourceRows) -> Sequence[Any]:
     return [row.items for row in source.rows]
-
-
-def comparison(post: str | None, *texts: str, choice: int = 0) -> dict[str, Any]:
-    info = {"id": "t3_1", "post": post, "title": "A title", "subreddit": "tifu", "site": None, "article": None}
-    summaries = [{"text": text, "policy": "sup4", "note": "fine"} for text in texts]
-    known = {"worker": "w", "batch": "batch3", "split": "train", "extra": {"confidence": 8}}
-    return {"info": info | ({} if post else {"article": "News."}), "summaries": summaries, "choice": choice, **known}
 
 
 def test_summarize_from_feedback(tmp_path: Path) -> None:
@@ -106,18 +87,9 @@ def test_hh_rlhf_helpful_base_single_turn(tmp_path: Path) -> None:
 
 def test_ultrafeedback_binarized(tmp_path: Path) -> None:
     """`messages` repeats the chosen conversation, and the scores become ratings."""
-    turns = [{"content": "Name a fruit.", "role": "user"}, {"content": "An apple.", "role": "assistant"}]
-    row = {
-        "prompt": "Name a fruit.",
-        "prompt_id": "f1",
-        "chosen": turns,
-        "rejected": [turns[0], {"content": "No.", "role": "assistant"}],
-        "messages": turns,
-        "score_chosen": 8.5,
-        "score_rejected": 3.0,
-    }
+    row = feedback_row("Name a fruit.")
     folder = hub_folder(
-        tmp_path, "ultrafeedback_binarized", {"train_prefs": [row], "test_prefs": [row], "train_sft": [row]}
+        tmp_path / "ultrafeedback_binarized", {"train_prefs": [row], "test_prefs": [row], "train_sft": [row]}
     )
     source = read(folder, split="train_prefs")
     assert source.format == "trl_preference"
@@ -132,7 +104,7 @@ def test_ultrachat_200k(tmp_path: Path) -> None:
         {"prompt": "Hello.", "prompt_id": "u1", "messages": messages},
         {"prompt": "Hello.", "prompt_id": "u2", "messages": messages[:2]},
     ]
-    folder = hub_folder(tmp_path, "ultrachat_200k", {"train_sft": rows, "test_sft": rows})
+    folder = hub_folder(tmp_path / "ultrachat_200k", {"train_sft": rows, "test_sft": rows})
     source = read(folder, split="train_sft")
     assert source.format == "messages"
     assert items_of(source) == [
@@ -169,14 +141,3 @@ def test_the_authors_released_data(tmp_path: Path) -> None:
     root = folder.parent.parent
     assert [read(root, data_files=f"data/tldr/{name}").format for name in files] == ["dove", "sft", "gold"]
     assert len(read(root, data_files="data/tldr/train_joint_pref.json").rows) == 2
-
-
-def hub_folder(tmp_path: Path, name: str, splits: dict[str, list[dict[str, Any]]]) -> Path:
-    """A folder as `push_to_hub` lays it out: Parquet files and a card that says which are of which split."""
-    folder = tmp_path / name
-    card = ["---", "configs:", "- config_name: default", "  data_files:"]
-    for split, rows in splits.items():
-        parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows)
-        card += [f"  - split: {split}", f"    path: data/{split}-*"]
-    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
-    return folder

@@ -1,0 +1,127 @@
+"""`jpo plan`: what a run will take and what is missing for it, without downloading, loading or starting anything."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jpo_ray import records
+from jpo_ray.config import SANDBOX, TINY, RunConfig, Source
+from jpo_ray.config_judge import AnnotatorConfig
+from jpo_ray.data.items import ItemTables, build_items
+from jpo_ray.data.sources import SourceRows, is_remote, source_name
+from jpo_ray.data.tokens import CHAT, Layout, prompt_ids
+from jpo_ray.errors import InputError
+from jpo_ray.pipeline.evaluate_stage import evaluation_judge
+from jpo_ray.pipeline.item_stage import read_rows, split_sources
+from jpo_ray.planning.costs import stage_costs
+from jpo_ray.planning.counts import Counts, count_all
+from jpo_ray.planning.judging import judge_costs
+from jpo_ray.planning.machine import device_memory_gib, stated_speed, this_machine
+from jpo_ray.planning.missing import (
+    disk_gib,
+    free_disk,
+    host_memory_gib,
+    hub_notes,
+    missing_keys,
+    missing_machine,
+    missing_models,
+)
+from jpo_ray.planning.plan import Plan
+from jpo_ray.planning.shapes import ModelShapes, model_folder, model_shapes
+from jpo_ray.planning.tokenizing import PlainTokenizer, plain_tokenizer
+
+OF_THE_HUB = "data of"  # begins what is said of a data set that is to be downloaded
+
+
+def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
+    """Count what is here, compute the rest from it or from `config.plan`, and say what neither gives."""
+    rows, not_here = _read(config)
+    folder = model_folder(config.model.model_name_or_path)
+    tokenizer = None if config.model.model_name_or_path == TINY else plain_tokenizer(folder)
+    tables, notes = _tables(config, rows, tokenizer)
+    counts = count_all(config, tables, set(rows), tokenizer)
+    found = model_shapes(config.model.model_name_or_path)
+    shapes = found if isinstance(found, ModelShapes) else None
+    machine = this_machine(run_dir)
+    speed, assumed = stated_speed(config, machine)
+    stages = stage_costs(config, counts, shapes, speed)
+    evaluation = evaluation_judge(config, config.evaluate) if config.evaluate else None
+    judges: list[AnnotatorConfig] = [config.judge, *config.judge.also, *([evaluation] if evaluation else [])]
+    models = list(missing_models(config, shapes, judges))
+    needed = disk_gib(config, shapes)
+    hub = bool(models) or any(line.startswith(OF_THE_HUB) for line in not_here)
+    missing = [
+        *not_here, *models, *hub_notes(config, hub), *missing_keys(judges),
+        *missing_machine(config, machine, stages), *free_disk(machine, needed, run_dir),
+    ]  # fmt: skip
+    return Plan(
+        counts=counts,
+        model=found if isinstance(found, str) else f"{config.model.model_name_or_path} ({found.origin})",
+        parameters=shapes.parameters if shapes else None,
+        judging=judge_costs(config, counts, evaluation),
+        stages=stages,
+        machine=machine,
+        device_memory_gib=device_memory_gib(config, machine),
+        run_dir_gib=needed,
+        host_memory_gib=host_memory_gib(config, shapes),
+        fine_tunes=config.sft is not None,
+        on_cpu=not config.cluster.gpus_per_worker,
+        assumed=[*assumed, *_assumed(config, counts), *notes],
+        missing=list(dict.fromkeys(missing)),
+    )
+
+
+def _read(config: RunConfig) -> tuple[dict[str, list[SourceRows]], list[str]]:
+    """Rows of the splits whose sources are all here, by split; and what is not here."""
+    found: dict[str, list[SourceRows]] = {}
+    missing: list[str] = []
+    for split, sources in split_sources(config.items).items():
+        rows: list[SourceRows] = []
+        for source in sources:
+            try:
+                rows.append(read_rows(source, split, config.items.on_bad_rows, config.seed, cached_only=True))
+            except InputError as error:
+                missing.append(_not_here(split, source, error))
+        if len(rows) == len(sources):
+            found[split] = rows
+    return found, missing
+
+
+def _not_here(split: str, source: Source, error: InputError) -> str:
+    if source.path == SANDBOX or not is_remote(source):
+        return str(error)
+    return f"{OF_THE_HUB} items.{split}: {source_name(source)}"
+
+
+def _tables(
+    config: RunConfig, rows: Mapping[str, Sequence[SourceRows]], tokenizer: PlainTokenizer | None
+) -> tuple[ItemTables | None, list[str]]:
+    """The items of what was read, and what is left out of the count."""
+    if not any(rows.values()):
+        return None, []
+    tables, notes = build_items(rows, config.seed), []
+    if limit := config.items.max_instruction_tokens:
+        if tokenizer is None or config.model.template == CHAT:
+            notes.append("not counted: instructions that items.max_instruction_tokens leaves out")
+        else:
+            layout = Layout(config.model.template, config.model.response_prefix, config.model.max_length)
+            texts = {records.instruction_id(text): text for text in tables.items["instruction"].to_pylist()}
+            lengths = map(len, prompt_ids(tokenizer, layout, list(texts.values())))
+            long = {identity for identity, length in zip(texts, lengths, strict=True) if length > limit}
+            tables = build_items(rows, config.seed, {"too_long": long})
+    if config.items.drop_near_duplicates:
+        notes.append("not counted: near-duplicates that items.drop_near_duplicates leaves out")
+    return tables, notes
+
+
+def _assumed(config: RunConfig, counts: Counts) -> list[str]:
+    """What the numbers rest on, and which key says otherwise."""
+    found = [f"tokens: {counts.tokens.origin}", f"training comparisons: {counts.preferences_origin}"]
+    unknown = [name for name, split in counts.splits.items() if split.instructions is None]
+    if unknown:
+        keys = ", ".join(f"plan.{name}_instructions" for name in unknown)
+        found.append(f"not known: how many instructions {', '.join(unknown)} have; say so with {keys}")
+    if counts.tokens.instruction is None:
+        found.append("not known: tokens; say so with plan.instruction_tokens and plan.response_tokens")
+    if any(entry.max_batch_tokens for entry in config.train):
+        found.append("steps: max_batch_tokens is left out of account")
+    return found

@@ -1,0 +1,1 @@
+"""What a run will take, by arithmetic: nothing is downloaded, no model is loaded, nothing starts."""

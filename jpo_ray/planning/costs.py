@@ -1,0 +1,160 @@
+"""What each stage that runs a model takes: items, tokens, steps, memory of a worker, time at a stated speed."""
+
+import math
+from dataclasses import dataclass, replace
+
+from jpo_ray.config import RunConfig, TrainConfig
+from jpo_ray.engine.batches import total_steps
+from jpo_ray.planning.batching import Shared, shared_items
+from jpo_ray.planning.counts import Counts, total
+from jpo_ray.planning.lengths import Number, product, whole
+from jpo_ray.planning.memory import reference_gib, sampling_gib, training_gib
+from jpo_ray.planning.shapes import ModelShapes
+
+# Flops per weight and token: a forward pass, and backward through a weight, and to it.
+FORWARD, THROUGH, TO = 2, 2, 2
+
+
+@dataclass(frozen=True)
+class StageCost:
+    name: str
+    items: int | None = None  # that go through the model, or are answered
+    tokens: int | None = None  # in all epochs
+    steps: int | None = None
+    trained: int | None = None  # parameters
+    memory_gib: float | None = None  # of a worker
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Flops per second of a worker (GPU), or of all of them together where they share the cores."""
+
+    training: float
+    sampling: float
+    workers: int  # that are independent in speed
+    actors: int
+
+
+def stage_costs(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> list[StageCost]:
+    """In the order of the run. Without `shapes` memory and time are not known."""
+    found = [] if config.sft is None else [_sft(config, counts, shapes, speed)]
+    evaluate = config.evaluate
+    if any("reference" in entry.reads for entry in config.train) or (evaluate and evaluate.policies):
+        found.append(_reference(config, counts, shapes, speed))
+    found += [_train(config, entry, counts, shapes, speed) for entry in config.train]
+    return found if config.sample is None else [*found, _sample(config, counts, shapes, speed)]
+
+
+def _sft(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
+    sft = config.sft
+    assert sft is not None
+    tokens = whole(product(counts.tokens.fine_tuning, sft.num_train_epochs))
+    passes = FORWARD + THROUGH + TO + (FORWARD if sft.gradient_checkpointing else 0)
+    return StageCost(
+        "sft",
+        items=whole(product(counts.fine_tuning, sft.num_train_epochs)),
+        tokens=tokens,
+        steps=_steps(counts.fine_tuning, sft.items_per_step, sft.num_train_epochs),
+        trained=shapes.parameters if shapes else None,
+        memory_gib=training_gib(config, sft, shapes) if shapes else None,
+        seconds=_seconds(tokens, shapes.multiplied * passes if shapes else None, speed.training * speed.workers),
+    )
+
+
+def _reference(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
+    both = 2 if any("mismatched" in entry.reads for entry in config.train) else 1
+    tokens = whole(product(counts.tokens.compared, both))
+    return StageCost(
+        "reference",
+        items=whole(product(total([split.items for split in counts.splits.values()]), both)),
+        tokens=tokens,
+        memory_gib=reference_gib(config, shapes) if shapes else None,
+        seconds=_seconds(tokens, shapes.multiplied * FORWARD if shapes else None, speed.training * speed.actors),
+    )
+
+
+def train_comparisons(entry: TrainConfig, counts: Counts) -> int | None:
+    """Decisive training comparisons that the entry takes."""
+    count = total([counts.preferences[protocol] for protocol in entry.protocols])
+    return count if count is None else min(count, entry.max_train_comparisons or count)
+
+
+def _train(
+    config: RunConfig, entry: TrainConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed
+) -> StageCost:
+    count = train_comparisons(entry, counts)
+    like = config.train_entry(entry.steps_like) if entry.steps_like else entry
+    steps = _steps(train_comparisons(like, counts), like.comparisons_per_step, like.num_train_epochs)
+    epochs: float | None = entry.num_train_epochs
+    if like is not entry:
+        epochs = steps / math.ceil(count / entry.comparisons_per_step) if steps and count else None
+    shared, means = _shared(config, entry, counts, count), counts.tokens
+    items = whole(product(count, epochs, shared.items if shared else None))
+    prompts = product(count, epochs, shared.instructions if shared else None, means.instruction)
+    tokens = total([whole(prompts), whole(product(items, means.response))])
+    found = StageCost(f"train/{entry.name}", items, tokens, steps)
+    if shapes is None:
+        return found
+    adapters = shapes.lora_parameters(entry.lora_target_modules, entry.lora_r) if entry.use_peft else 0
+    passes = FORWARD + THROUGH + (FORWARD if entry.gradient_checkpointing else 0)
+    each = shapes.multiplied * passes + (adapters * (passes + TO) if adapters else shapes.multiplied * TO)
+    seconds = _seconds(tokens, each, speed.training * speed.workers)
+    if "mismatched" in entry.reads and seconds is not None:  # another item for each, scored without gradient
+        alone = product(items, total([whole(means.instruction), whole(means.response)]))
+        seconds += _seconds(alone, shapes.multiplied * FORWARD, speed.training * speed.workers) or 0.0
+    return replace(
+        found,
+        trained=adapters or shapes.parameters,
+        memory_gib=training_gib(config, entry, shapes),
+        seconds=seconds,
+    )
+
+
+def _shared(config: RunConfig, entry: TrainConfig, counts: Counts, count: int | None) -> Shared | None:
+    instructions = counts.splits["train"].instructions
+    every = total([counts.preferences[protocol] for protocol in entry.protocols])
+    if not count or not every or instructions is None:
+        return None
+    conditional, joint = (
+        round((counts.preferences[protocol] or 0) * count / every) if protocol in entry.protocols else 0
+        for protocol in ("conditional", "joint")
+    )
+    return shared_items(entry, instructions, conditional, joint, config.pairs.joint)
+
+
+def responses_asked(config: RunConfig, counts: Counts) -> int | None:
+    """How many responses are sampled, of all models."""
+    sample = config.sample
+    if sample is None:
+        return 0
+    there = counts.splits[sample.split]
+    instructions = there.golds or there.instructions
+    if instructions is None:
+        return None
+    models = len(sample.models or ["sft", *config.train])
+    some = min(instructions, sample.max_instructions or instructions)
+    return some * models * len(sample.temperatures) * sample.samples_per_instruction
+
+
+def _sample(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
+    """As long as the data's own responses are, or as is allowed."""
+    assert config.sample is not None
+    responses, most = responses_asked(config, counts), config.sample.max_new_tokens
+    tokens = whole(product(responses, min(counts.tokens.response or most, most)))
+    return StageCost(
+        "sample",
+        responses,
+        tokens,
+        memory_gib=sampling_gib(config, shapes) if shapes else None,
+        seconds=_seconds(tokens, shapes.multiplied * FORWARD if shapes else None, speed.sampling * speed.actors),
+    )
+
+
+def _steps(count: int | None, per_step: int, epochs: float) -> int | None:
+    return None if count is None else total_steps(math.ceil(count / per_step), epochs)
+
+
+def _seconds(tokens: Number, flops_per_token: float | None, speed: float) -> float | None:
+    flops = product(tokens, flops_per_token)
+    return None if flops is None else flops / speed

@@ -1,0 +1,31 @@
+"""What a plan says."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jpo_ray.planning.costs import StageCost
+from jpo_ray.planning.counts import Counts
+from jpo_ray.planning.judging import JudgeCost
+from jpo_ray.planning.machine import Machine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """None stands for what is not known."""
+
+    counts: Counts
+    model: str  # for people
+    parameters: int | None
+    judging: list[JudgeCost]
+    stages: list[StageCost]
+    machine: Machine
+    device_memory_gib: float  # of a worker
+    run_dir_gib: float | None
+    host_memory_gib: float | None
+    fine_tunes: bool
+    on_cpu: bool
+    assumed: list[str]
+    missing: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,147 @@
+"""Counts: from what the config states where the data are not here; what nobody said stays unknown."""
+
+from typing import Any
+
+import pytest
+
+from jpo_ray.config import JointPairs, RunConfig, TrainConfig
+from jpo_ray.config_file import parse_config
+from jpo_ray.planning.batching import shared_items
+from jpo_ray.planning.costs import Speed, responses_asked, stage_costs, train_comparisons
+from jpo_ray.planning.counts import Counts, count_all, total
+from jpo_ray.planning.judging import judge_costs, judged_pairs
+from jpo_ray.planning.lengths import STATED, UNKNOWN, product, whole
+
+PLAN = {"train_instructions": 1000, "test_instructions": 50, "instruction_tokens": 30, "response_tokens": 20}
+
+
+def config(**sections: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "items": {"train": [{"path": "somebody/train"}], "test": [{"path": "somebody/test"}]},
+        "model": {"model_name_or_path": "sandbox"},
+        "judge": {"annotator": "openai", "prompt_price": 0.5, "completion_price": 1.5},
+        "plan": PLAN,
+    }
+    return parse_config(values | sections, "test")
+
+
+def counted(config: RunConfig) -> Counts:
+    return count_all(config, None, {"validation", "sft"}, None)
+
+
+def test_what_is_not_known_stays_so() -> None:
+    assert product(2, None, 3) is None
+    assert product(2, 3) == 6
+    assert total([1, None]) is None
+    assert total([]) == 0
+    assert whole(None) is None
+    found = counted(config(plan={}))
+    assert found.splits["train"].origin == UNKNOWN
+    assert found.splits["validation"].instructions == 0  # the config has none
+    assert found.fine_tuning is None
+    assert found.tokens.compared is None
+    assert [cost.steps for cost in stage_costs(config(plan={}), found, None, Speed(1, 1, 1, 1))] == [None] * 4
+
+
+def test_stated_counts_by_hand() -> None:
+    """1,000 instructions of two responses: 1,000 pairs of each protocol, and 65 % of them decisive."""
+    found = counted(config())
+    train = found.splits["train"]
+    assert (train.origin, train.items, train.conditional, train.joint) == (STATED, 2000, 1000, 1000)
+    assert found.preferences == {"conditional": 650, "joint": 650}
+    assert found.fine_tuning == 1000
+    assert found.tokens.compared == (2000 + 50) * 50
+    assert found.tokens.fine_tuning == 1000 * 50
+    assert train_comparisons(TrainConfig(), found) == 1300
+    assert train_comparisons(TrainConfig(max_train_comparisons=100), found) == 100
+
+
+def test_short_items_budgets_and_responses() -> None:
+    """With 40 % of the items short enough; three responses make three pairs of an instruction."""
+    plan = PLAN | {"short_items": 0.4, "responses_per_instruction": 3}
+    pairs = {"max_item_characters": 500, "joint": {"budget": 77}}
+    train = counted(config(plan=plan, pairs=pairs)).splits["train"]
+    assert (train.items, train.conditional, train.joint) == (3000, 1200, 77)
+    assert counted(config(pairs={"conditional": False, "joint": None})).preferences == {"conditional": 0, "joint": 0}
+
+
+def test_labels_that_come_with_the_data() -> None:
+    plan = PLAN | {"conditional_labels": 600, "joint_labels": 500, "short_items": 0.5}
+    evaluate = {"judge": {"annotator": "openai"}}
+    given: dict[str, Any] = {"judge": {"annotator": "labels"}, "plan": plan, "evaluate": evaluate}
+    labelled = counted(config(**given, pairs={"joint": {"strategy": "labelled"}}))
+    assert labelled.preferences == {"conditional": 600, "joint": 500}
+    short = counted(config(**given, pairs={"joint": {"strategy": "labelled"}, "max_item_characters": 9}))
+    assert short.preferences == {"conditional": 300, "joint": 125}
+    proxy = counted(config(**given, pairs={"joint": {"strategy": "proxy"}}))
+    assert proxy.preferences == {"conditional": 600, "joint": proxy.splits["train"].joint}
+
+
+def test_a_selection_and_a_closure() -> None:
+    chosen = config(judge={"annotator": "openai", "selection": {"budget": 200}, "closure": {"per_item": 2}})
+    found = counted(chosen)
+    assert judged_pairs(chosen, found) == (1000, 200)
+    assert found.preferences == {"conditional": 650, "joint": 130 + 2000}
+
+
+def test_requests_and_dollars_by_hand() -> None:
+    """2,000 comparisons and 50 instructions x 4 models x 3 temperatures, each asked in both orders; answers of 16."""
+    from jpo_ray.feedback.prompts import load_prompts
+
+    settings = config(train=[{"objective": "jpo"}, {"objective": "dpo", "protocols": ["conditional"]}, {"name": "b"}])
+    found = counted(settings)
+    assert responses_asked(settings, found) == 50 * 4 * 3
+    judge, evaluate = judge_costs(settings, found, settings.judge)
+    assert (judge.comparisons, judge.requests) == (2000, 4000)
+    assert (evaluate.comparisons, evaluate.requests) == (600, 1200)
+    prompts = load_prompts("paper")
+    conditional = (len(prompts.system) + len(prompts.conditional) + 120 + 160) / 4 + 8
+    joint = (len(prompts.system) + len(prompts.joint) + 240 + 160) / 4 + 8
+    assert judge.tokens == round(2000 * conditional) + round(2000 * joint) + 4000 * 16
+    assert judge.cost == pytest.approx((judge.tokens - 64_000) * 0.5e-6 + 64_000 * 1.5e-6)
+    free = judge_costs(config(judge={"annotator": "ratings"}), found, None)
+    assert [(cost.requests, cost.cost) for cost in free] == [(0, 0.0)]
+    unpriced = config(judge={"annotator": "openai", "requests_per_minute": 100})
+    [cost] = judge_costs(unpriced, found, None)
+    assert cost.cost is None
+    assert cost.hours == pytest.approx(4000 / 100 / 60)
+
+
+def test_a_tournament_by_hand() -> None:
+    """Three models: three couples, on 20 of the 50 instructions at two temperatures, and 30 joint comparisons each."""
+    sections = {
+        "train": [{"objective": "jpo"}, {"objective": "dpo", "protocols": ["conditional"]}],
+        "sample": {"temperatures": [0.5, 1.0]},
+        "evaluate": {"tournament": {"instructions": 20, "joint_per_pair": 30}},
+    }
+    settings = config(**sections)
+    tournament = judge_costs(settings, counted(settings), settings.judge)[-1]
+    assert (tournament.stage, tournament.comparisons) == ("tournament", 3 * 2 * 20 + 3 * 30)
+
+
+def test_steps_follow_from_counts() -> None:
+    """1,300 comparisons of which 650 are conditional, 32 a step: 41 and 21 steps an epoch; 84 steps of fine-tuning."""
+    entries = [
+        {"objective": "jpo", "num_train_epochs": 2},
+        {"objective": "dpo", "protocols": ["conditional"]},
+        {"name": "long", "objective": "dpo", "protocols": ["conditional"], "steps_like": "jpo"},
+    ]
+    settings = config(train=entries, sft={"num_train_epochs": 1, "items_per_step": 12})
+    found = {cost.name: cost for cost in stage_costs(settings, counted(settings), None, Speed(1, 1, 1, 1))}
+    steps = {name: cost.steps for name, cost in found.items()}
+    assert steps == {"sft": 84, "reference": None, "train/jpo": 82, "train/dpo": 21, "train/long": 82, "sample": None}
+    assert found["train/dpo"].items == 1300
+    assert found["train/dpo"].tokens == 650 * 30 + 1300 * 20  # an instruction is computed once for its two responses
+
+
+def test_items_that_a_step_shares() -> None:
+    """Conditional pairs alone share nothing; joint ones within groups a lot; `pairs` next to nothing."""
+    graph, pairs = TrainConfig(), TrainConfig(batching="pairs")
+    alone = shared_items(graph, 5000, 5000, 0, None)
+    assert (alone.items, alone.instructions) == (2.0, 1.0)
+    mixed = shared_items(graph, 3000, 3000, 3000, JointPairs())
+    assert mixed.items == pytest.approx(1.14, abs=0.05)  # measured on such a graph: docs/benchmarks.md
+    assert shared_items(pairs, 3000, 3000, 3000, JointPairs()).items > 1.9
+    grouped = shared_items(TrainConfig(comparisons_per_step=128), 3000, 0, 12_000, JointPairs(group_size=32))
+    assert grouped.items == pytest.approx(0.25, abs=0.05)  # config.py: a quarter of an item per comparison
+    assert shared_items(graph, 10, 0, 0, None).items == 0
