@@ -125,13 +125,13 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def all_folders(root: Path) -> dict[str, Path]:
     """A small one of each data set that a recipe names, by its id."""
     root.mkdir(parents=True, exist_ok=True)
-    questions = [feedback_row(f"Name fruit {n}.") for n in range(4)]
+    questions, held_out = ([feedback_row(f"Name {what} {n}.") for n in range(4)] for what in ("fruit", "tree"))
     chats = [chat_row("u1", 4), chat_row("u2", 2)]
     return {
         "openai/summarize_from_feedback": summaries_folder(root / "summaries"),
         "Anthropic/hh-rlhf": helpful_folder(root / "hh"),
         "HuggingFaceH4/ultrafeedback_binarized": hub_folder(
-            root / "feedback", {"train_prefs": questions, "test_prefs": [feedback_row("Name a tree.")]}
+            root / "feedback", {"train_prefs": questions, "test_prefs": held_out}
         ),
         "HuggingFaceH4/ultrachat_200k": hub_folder(root / "chat", {"train_sft": chats, "test_sft": chats}),
         "jointpreferences/sft_and_pref_data": released_folder(root / "released"),
