@@ -1,6 +1,7 @@
 """`jpo plan`: what a run will take and what is missing for it, without downloading, loading or starting anything."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jpo_ray import records
@@ -26,7 +27,8 @@ from jpo_ray.planning.missing import (
     missing_models,
 )
 from jpo_ray.planning.plan import Plan
-from jpo_ray.planning.shapes import ModelShapes, model_folder, model_shapes
+from jpo_ray.planning.rounds import counts_of_a_round
+from jpo_ray.planning.shapes import ModelShapes, base_name, model_folder, model_shapes
 from jpo_ray.planning.tokenizing import PlainTokenizer, plain_tokenizer
 
 OF_THE_HUB = "data of"  # begins what is said of a data set that is to be downloaded
@@ -39,11 +41,12 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
     tokenizer = None if config.model.model_name_or_path == TINY else plain_tokenizer(folder)
     tables, notes = _tables(config, rows, tokenizer)
     counts = count_all(config, tables, set(rows), tokenizer)
-    found = model_shapes(config.model.model_name_or_path)
+    a_round = counts_of_a_round(config, counts) if config.rounds else None
+    found = model_shapes(base_name(config.model.model_name_or_path))
     shapes = found if isinstance(found, ModelShapes) else None
     machine = this_machine(run_dir)
     speed, assumed = stated_speed(config, machine)
-    stages = stage_costs(config, counts, shapes, speed)
+    stages = stage_costs(config, counts, shapes, speed, a_round)
     evaluation = evaluation_judge(config, config.evaluate) if config.evaluate else None
     judges: list[AnnotatorConfig] = [config.judge, *config.judge.also, *([evaluation] if evaluation else [])]
     models = list(missing_models(config, shapes, judges))
@@ -54,10 +57,10 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
         *missing_machine(config, machine, stages), *free_disk(machine, needed, run_dir),
     ]  # fmt: skip
     return Plan(
-        counts=counts,
+        counts=_shown(counts, a_round),
         model=found if isinstance(found, str) else f"{config.model.model_name_or_path} ({found.origin})",
         parameters=shapes.parameters if shapes else None,
-        judging=judge_costs(config, counts, evaluation),
+        judging=judge_costs(config, counts, evaluation, a_round),
         stages=stages,
         machine=machine,
         device_memory_gib=device_memory_gib(config, machine),
@@ -65,9 +68,18 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
         host_memory_gib=host_memory_gib(config, shapes),
         fine_tunes=config.sft is not None,
         on_cpu=not config.cluster.gpus_per_worker,
-        assumed=[*assumed, *_assumed(config, counts), *notes],
+        assumed=[*assumed, *_assumed(config, a_round or counts), *notes],
         missing=list(dict.fromkeys(missing)),
     )
+
+
+def _shown(counts: Counts, a_round: Counts | None) -> Counts:
+    """Of rounds, what each of them compares beside the data, which are not."""
+    if a_round is None:
+        return counts
+    data = {name: replace(split, conditional=0, joint=0) for name, split in counts.splits.items()}
+    splits = {**data, "validation": counts.splits["validation"], "a round": a_round.splits["train"]}
+    return replace(a_round, splits=splits, tokens=counts.tokens)
 
 
 def _read(config: RunConfig) -> tuple[dict[str, list[SourceRows]], list[str]]:

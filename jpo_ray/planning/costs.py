@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from jpo_ray.config import RunConfig, TrainConfig
+from jpo_ray.config import RunConfig, SampleConfig, TrainConfig
 from jpo_ray.engine.batches import total_steps
 from jpo_ray.planning.batching import Shared, shared_items
 from jpo_ray.planning.counts import Counts, total
@@ -36,14 +36,29 @@ class Speed:
     actors: int
 
 
-def stage_costs(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> list[StageCost]:
-    """In the order of the run. Without `shapes` memory and time are not known."""
+def stage_costs(
+    config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed, a_round: Counts | None = None
+) -> list[StageCost]:
+    """In the order of the run. Without `shapes` memory and time are not known. `a_round` is what each round has."""
     found = [] if config.sft is None else [_sft(config, counts, shapes, speed)]
-    evaluate = config.evaluate
+    evaluate, rounds = config.evaluate, len(config.trained) if a_round else 1
+    if a_round:
+        found.append(times(rounds, _drawn(config, a_round, shapes, speed)))
     if any("reference" in entry.reads for entry in config.train) or (evaluate and evaluate.policies):
-        found.append(_reference(config, counts, shapes, speed))
-    found += [_train(config, entry, counts, shapes, speed) for entry in config.train]
+        found.append(times(rounds, _reference(config, a_round or counts, shapes, speed)))
+    found += [_train(config, entry, a_round or counts, shapes, speed) for entry in config.trained]
     return found if config.sample is None else [*found, _sample(config, counts, shapes, speed)]
+
+
+def times(number: int, cost: StageCost) -> StageCost:
+    """Of several that take the same."""
+    return replace(
+        cost,
+        name=cost.name if number == 1 else f"{cost.name} x{number}",
+        items=whole(product(cost.items, number)),
+        tokens=whole(product(cost.tokens, number)),
+        seconds=product(cost.seconds, number),
+    )
 
 
 def _sft(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
@@ -132,18 +147,28 @@ def responses_asked(config: RunConfig, counts: Counts) -> int | None:
     instructions = there.golds or there.instructions
     if instructions is None:
         return None
-    models = len(sample.models or ["sft", *config.train])
+    models = len(sample.models or ["sft", *config.trained])
     some = min(instructions, sample.max_instructions or instructions)
     return some * models * len(sample.temperatures) * sample.samples_per_instruction
 
 
+def _drawn(config: RunConfig, a_round: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
+    """The samples that a round trains on."""
+    return _generated("draw", a_round.splits["train"].items, config, a_round, shapes, speed)
+
+
 def _sample(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
+    return _generated("sample", responses_asked(config, counts), config, counts, shapes, speed)
+
+
+def _generated(
+    name: str, responses: int | None, config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed
+) -> StageCost:
     """As long as the data's own responses are, or as is allowed."""
-    assert config.sample is not None
-    responses, most = responses_asked(config, counts), config.sample.max_new_tokens
+    most = (config.sample or SampleConfig()).max_new_tokens
     tokens = whole(product(responses, min(counts.tokens.response or most, most)))
     return StageCost(
-        "sample",
+        name,
         responses,
         tokens,
         memory_gib=sampling_gib(config, shapes) if shapes else None,

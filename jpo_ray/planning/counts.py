@@ -64,7 +64,7 @@ def count_all(
     if config.judge.annotator == "labels" and "train" in counted and short is not None:
         preferences, origin = _labelled(config, short, labels, splits["train"]), COUNTED
     else:
-        preferences, origin = _expected(config, splits["train"])
+        preferences, origin = expected_preferences(config, splits["train"])
     number = total([split.items for split in splits.values()])
     tokens = count_tokens(config, items, counted, tokenizer, number, fine_tuning)
     return Counts(splits, fine_tuning, preferences, origin, tokens)
@@ -143,7 +143,7 @@ def _labelled(
     }
 
 
-def _expected(config: RunConfig, train: Split) -> tuple[dict[str, int | None], str]:
+def expected_preferences(config: RunConfig, train: Split) -> tuple[dict[str, int | None], str]:
     """The share of the judged training pairs that is decisive; of labels, as many as `plan` says there are."""
     plan, joint = config.plan, config.pairs.joint
     if config.judge.annotator == "labels":

@@ -26,16 +26,22 @@ class JudgeCost:
     hours: float | None  # the least, by the requests a minute that the config allows
 
 
-def judge_costs(config: RunConfig, counts: Counts, evaluation: AnnotatorConfig | None) -> list[JudgeCost]:
-    """Of every annotator of the pairs, then of the samples' judge (`evaluation`; None: nobody judges them)."""
-    conditional, joint = judged_pairs(config, counts)
+def judge_costs(
+    config: RunConfig, counts: Counts, evaluation: AnnotatorConfig | None, a_round: Counts | None = None
+) -> list[JudgeCost]:
+    """Of every annotator of the pairs, then of the samples' judge (`evaluation`; None: nobody judges them).
+
+    `a_round` is what each round has, where there are any.
+    """
+    rounds = len(config.trained) if a_round else 1
+    conditional, joint = (whole(product(pairs, rounds)) for pairs in judged_pairs(config, a_round or counts))
     found = [_cost("judge", annotator, conditional, joint, counts) for annotator in (config.judge, *config.judge.also)]
     if evaluation is None:
         return found
     found.append(_cost("evaluate", evaluation, responses_asked(config, counts), 0, counts))
     tournament = config.evaluate.tournament if config.evaluate else None
     if tournament and config.sample:
-        models = len(config.sample.models or ["sft", *config.train])
+        models = len(config.sample.models or ["sft", *config.trained])
         couples, each = models * (models - 1) // 2, counts.splits[config.sample.split]
         there = each.golds or each.instructions
         limits = (there, config.sample.max_instructions, tournament.instructions)

@@ -14,17 +14,19 @@ from jpo_ray.pairs.embedding import PACKAGED
 from jpo_ray.planning.costs import StageCost
 from jpo_ray.planning.machine import Machine, device_memory_gib
 from jpo_ray.planning.memory import BYTES, GIB
-from jpo_ray.planning.shapes import ModelShapes, model_folder, weight_files
+from jpo_ray.planning.shapes import ModelShapes, base_name, model_folder, weight_files
 
 CHECKPOINT_BYTES = 12  # of a parameter: itself and two moments in float32
 
 
 def missing_models(config: RunConfig, shapes: ModelShapes | None, judges: Sequence[AnnotatorConfig]) -> Iterator[str]:
     name = config.model.model_name_or_path
-    folder = model_folder(name)
+    base = base_name(name)
+    folder = model_folder(base)
     if folder is None or not weight_files(folder):
         size = f", about {shapes.parameters * 2 / 1e9:.1f} GB in 16 bits" if shapes else ""
-        yield f"model {name}{size}"
+        of = "" if base == name else f", the base of {name}"
+        yield f"model {base}{of}{size}"
     for judge in judges:
         if judge.annotator in ("vllm", "reward_model") and model_folder(judge.model) is None:
             yield f"judge model {judge.model}"
@@ -74,7 +76,7 @@ def disk_gib(config: RunConfig, shapes: ModelShapes | None) -> float | None:
     if shapes is None:
         return None
     kept = 2 if config.items.validation else 1  # the newest, and the best where something is held out
-    whole_models = [*([config.sft] if config.sft else []), *(entry for entry in config.train if not entry.use_peft)]
+    whole_models = [*([config.sft] if config.sft else []), *(entry for entry in config.trained if not entry.use_peft)]
     if not whole_models:
         return 0.0
     each = shapes.parameters * (kept * CHECKPOINT_BYTES + BYTES[config.model.dtype])

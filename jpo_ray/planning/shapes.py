@@ -20,6 +20,8 @@ Shapes = dict[str, tuple[int, ...]]
 # Dense models of one layout: attention of four projections, a gated MLP of three, and norms.
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
 _EMBEDDINGS = ("embed", "wte", "wpe", "lm_head")
+_EXPERTS = (".experts.", ".gate.", ".router.")  # which LoRA on all linear layers leaves alone
+ADAPTER = "adapter_config.json"
 
 
 def _known(kind: str, hidden: int, inner: int, layers: int, heads: int, key_value_heads: int, vocabulary: int,
@@ -93,7 +95,8 @@ class ModelShapes:
     def adapted(self, targets: Sequence[str] | str) -> dict[str, tuple[int, ...]]:
         """The projections that LoRA is put on."""
         if isinstance(targets, str):  # all-linear
-            return self.projections
+            found = self.projections
+            return {name: shape for name, shape in found.items() if not any(part in name for part in _EXPERTS)}
         return {name: shape for name, shape in self.projections.items() if name.split(".")[-2] in targets}
 
     def lora_parameters(self, targets: Sequence[str] | str, rank: int) -> int:
@@ -127,8 +130,16 @@ def model_folder(name: str) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    found = (try_to_load_from_cache(name, file) for file in ("config.json", ADAPTER))
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
+
+
+def base_name(name: str) -> str:
+    """The model that an adapter on this machine belongs on, which it will be merged into; else the name itself."""
+    folder = model_folder(name)
+    if folder is None or (folder / "config.json").exists() or not (folder / ADAPTER).exists():
+        return name
+    return str(read_json(folder / ADAPTER).get("base_model_name_or_path") or name)
 
 
 def model_shapes(name: str) -> ModelShapes | str:

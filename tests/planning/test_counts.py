@@ -11,6 +11,7 @@ from jpo_ray.planning.costs import Speed, responses_asked, stage_costs, train_co
 from jpo_ray.planning.counts import Counts, count_all, total
 from jpo_ray.planning.judging import judge_costs, judged_pairs
 from jpo_ray.planning.lengths import STATED, UNKNOWN, product, whole
+from jpo_ray.planning.rounds import counts_of_a_round
 
 PLAN = {"train_instructions": 1000, "test_instructions": 50, "instruction_tokens": 30, "response_tokens": 20}
 
@@ -145,3 +146,25 @@ def test_items_that_a_step_shares() -> None:
     grouped = shared_items(TrainConfig(comparisons_per_step=128), 3000, 0, 12_000, JointPairs(group_size=32))
     assert grouped.items == pytest.approx(0.25, abs=0.05)  # config.py: a quarter of an item per comparison
     assert shared_items(graph, 10, 0, 0, None).items == 0
+
+
+def test_rounds_by_hand() -> None:
+    """Three rounds of 200 instructions with three answers each: 600 items and conditional pairs, 200 joint ones."""
+    settings = config(
+        judge={"annotator": "openai"},
+        train=[{"objective": "jpo"}],
+        rounds={"count": 3, "instructions": 200, "samples_per_instruction": 3},
+    )
+    counts = counted(settings)
+    each = counts_of_a_round(settings, counts)
+    train = each.splits["train"]
+    assert (train.instructions, train.items, train.conditional, train.joint) == (200, 600, 600, 200)
+    assert each.preferences == {"conditional": 390, "joint": 130}
+    judge = judge_costs(settings, counts, None, each)[0]
+    assert (judge.comparisons, judge.requests) == (2400, 4800)
+    found = {cost.name: cost for cost in stage_costs(settings, counts, None, Speed(1, 1, 1, 1), each)}
+    assert list(found) == ["sft", "draw x3", "reference x3", "train/jpo-1", "train/jpo-2", "train/jpo-3", "sample"]
+    assert found["draw x3"].items == 1800
+    assert found["reference x3"].tokens == 3 * 600 * 50
+    assert found["train/jpo-2"].steps == 17
+    assert found["sample"].items == 50 * 4 * 3  # the SFT model's and each round's

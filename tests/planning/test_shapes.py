@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jpo_ray.planning.shapes import KNOWN, ModelShapes, model_shapes, shapes_of_config, weight_files
+from jpo_ray.planning.shapes import KNOWN, ModelShapes, base_name, model_shapes, shapes_of_config, weight_files
 from jpo_ray.planning.tokenizing import plain_tokenizer
 from jpo_ray.sandbox import BASE_MODEL
 
@@ -105,3 +105,23 @@ def test_the_plain_tokenizer_gives_the_ids_of_transformers() -> None:
 def test_a_folder_without_a_tokenizer_file_has_none(tmp_path: Path) -> None:
     assert plain_tokenizer(tmp_path) is None
     assert plain_tokenizer(None) is None
+
+
+def test_an_adapter_has_the_shapes_of_its_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "mistralai/Mistral-7B-v0.1"}')
+    assert base_name(str(tmp_path)) == "mistralai/Mistral-7B-v0.1"
+    assert base_name("sandbox") == "sandbox"
+    assert base_name("nobody/nothing") == "nobody/nothing"
+
+
+def test_adapters_on_all_linear_layers_leave_experts_alone() -> None:
+    tensors = {
+        "model.layers.0.self_attn.q_proj.weight": (8, 8),
+        "model.layers.0.mlp.gate.weight": (4, 8),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (16, 8),
+        "model.embed_tokens.weight": (10, 8),
+    }
+    found = ModelShapes(tensors, {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}, "")
+    assert list(found.adapted("all-linear")) == ["model.layers.0.self_attn.q_proj.weight"]
+    assert found.multiplied == 64 + 32 + 128 / 2 + 80  # half of the experts; the embeddings are the head
+    assert found.inner_width == 32
