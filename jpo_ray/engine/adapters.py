@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jpo_ray.engine.model import load_model, resolve_model, weights_hash
+from jpo_ray.engine.model import load_model, ranks_of_experts, resolve_model, weights_hash
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json, write_json
 
@@ -26,7 +26,8 @@ def load_adapter(folder: Path, base: Path, *, dtype: str, load_in_4bit: bool = F
     from peft import PeftModel
 
     model = load_model(base, dtype=dtype, load_in_4bit=load_in_4bit, device=device)
-    return PeftModel.from_pretrained(model, folder, use_safetensors=True).eval()
+    with ranks_of_experts():
+        return PeftModel.from_pretrained(model, folder, use_safetensors=True).eval()
 
 
 def record_base(folder: Path, base: Path, weights: str, *, load_in_4bit: bool) -> None:
@@ -113,7 +114,9 @@ def _misfits(folder: Path, base: Path, rank: int | None) -> Iterator[str]:
             if plain in parameters and tuple(parameters[plain].shape) != shape:
                 yield f"{plain} is {_by(parameters[plain].shape)} there and {_by(shape)} in the adapter"
             continue
-        module = modules.get(lora["module"])
+        module = modules.get(
+            lora["module"].removesuffix(".base_layer")
+        )  # two updates of one module: of stacked experts
         ends = "inputs" if lora["side"] == "A" else "outputs"
         own_rank, given = (shape[0], shape[-1]) if lora["side"] == "A" else (shape[-1], shape[0])
         if module is None:

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +145,16 @@ def _trained_lora(base: Any, train: TrainConfig) -> Any:
     from peft import PeftModel
 
     assert train.continue_from is not None
-    return PeftModel.from_pretrained(base, train.continue_from, is_trainable=True, use_safetensors=True)
+    with ranks_of_experts():
+        return PeftModel.from_pretrained(base, train.continue_from, is_trainable=True, use_safetensors=True)
+
+
+@contextmanager
+def ranks_of_experts() -> Iterator[None]:
+    """Without peft's warning of ranks that it sets itself, for stacked experts, and looks for among modules."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        yield
 
 
 def add_lora(base: Any, train: TrainConfig, *, seed: int) -> Any:
@@ -165,7 +177,8 @@ def add_lora(base: Any, train: TrainConfig, *, seed: int) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),  # GPT-2's transposed weights
     )
     try:
-        return get_peft_model(base, lora)
+        with ranks_of_experts():
+            return get_peft_model(base, lora)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         if "lora_dropout" in reason:

@@ -34,6 +34,8 @@ from engine.tiny import (
     worst_per_token,
 )
 from jpo_ray.config import TrainConfig
+from jpo_ray.engine.adapters import check_base
+from jpo_ray.engine.merging import merge_adapter
 from jpo_ray.engine.model import add_lora, load_model
 from jpo_ray.engine.step import score_all
 from jpo_ray.errors import InputError
@@ -105,14 +107,28 @@ def test_gradients_of_a_step_are_autograds_of_the_plain_model(built: World, use_
         assert difference(gradient, expected) < 1e-3
 
 
-def test_lora_on_experts_takes_no_dropout_and_is_asked_for_by_name(tmp_path: Path) -> None:
-    """`all-linear` means attention's layers there; a name of an expert's layer, all experts' stacked weights."""
-    folder = make("mixtral", tmp_path)
-    adapted = add_lora(load_model(folder, dtype="float32"), config(), seed=0)
+def test_lora_is_on_experts_where_they_are_named(tmp_path: Path) -> None:
+    """`all-linear` means attention's layers. The name of an expert's layer means all experts' stacked weights: without
+    dropout they train as the plain model does, and the adapter fits its base, loads and merges.
+    """
+    world = make_world(make("mixtral", tmp_path / "base"))
+    adapted = add_lora(load_model(world.model, dtype="float32"), config(), seed=0)
     of = {name.split(".self_attn.")[-1].split(".")[0] for name, p in adapted.named_parameters() if p.requires_grad}
     assert of == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    named = ["q_proj", "w1", "w2", "w3"]
     with pytest.raises(InputError, match=r"LoRA on experts takes no dropout; set lora_dropout: 0, or name"):
-        add_lora(load_model(folder, dtype="float32"), config(lora_target_modules=["w1", "w2", "w3"]), seed=0)
+        add_lora(load_model(world.model, dtype="float32"), config(lora_target_modules=named), seed=0)
+    train = config(lora_target_modules=named, lora_dropout=0.0)
+    expected_loss, expected = plain_gradients(world, train)
+    scorer = policy_scorer(world.model, train)
+    loss, gradient = gradients_of(scorer, world.data, train)
+    assert loss == pytest.approx(expected_loss, abs=1e-4)
+    assert difference(gradient, expected) < 1e-3
+    scorer.model.save_pretrained(tmp_path / "adapter")
+    check_base(tmp_path / "adapter", world.model, "here")
+    merge_adapter(tmp_path / "adapter", world.model, tmp_path / "merged", "float32")
+    scores = score_all(scorer, world.tokens, np.arange(12), max_tokens=300)
+    assert (all_plain(tmp_path / "merged", world.tokens)[:12] - scores).abs().max() < 1e-3
 
 
 def plain_gradients(world: World, train: TrainConfig) -> tuple[float, torch.Tensor]:
