@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jpo_ray.config_base import NAME_PATTERN, Cosine, Count, NonNegative, Positive, Section, Seed, Steps
 from jpo_ray.config_judge import AnnotatorConfig, JudgeConfig
@@ -252,6 +252,8 @@ class ClusterConfig(Section):
 
 class RunConfig(Section):
     seed: Seed = 0
+    # Where metrics go besides the run directory; `all` is what is installed, `none` nothing.
+    report_to: list[Literal["tensorboard", "wandb", "all", "none"]] = ["tensorboard"]
     items: ItemsConfig
     model: BaseModelConfig
     pairs: PairsConfig = PairsConfig()
@@ -293,6 +295,11 @@ class RunConfig(Section):
             return self.train
         (entry,) = self.train
         return [entry.model_copy(update={"name": f"{entry.name}-{n}"}) for n in range(1, self.rounds.count + 1)]
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value or "none"] if value is None or isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _names_fit(self) -> "RunConfig":

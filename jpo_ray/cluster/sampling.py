@@ -98,11 +98,14 @@ def _vllm(
             "text": row["generated_text"],
             "tokens": row["num_generated_tokens"],
         },
-        # Engines may hold every core: these steps would then wait for one for ever.
-        preprocess_map_kwargs={"num_cpus": 0},
-        postprocess_map_kwargs={"num_cpus": 0},
+        # Engines may hold every core: these steps would then wait for one for ever. Without a core they have no limit
+        # either, and a Python process for each of 200 blocks takes the engine's cores.
+        preprocess_map_kwargs={"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=1)},
+        postprocess_map_kwargs={"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=1)},
     )
-    for row in processor(ray.data.from_items([_row(request) for request in requests])).iter_rows():
+    blocks = -(-len(requests) // VLLM_BATCH)
+    asked = ray.data.from_items([_row(request) for request in requests], override_num_blocks=blocks)
+    for row in processor(asked).iter_rows():
         if error := row.get("__inference_error__"):
             yield Generated(int(row["number"]), "", 0, str(error))
         else:

@@ -23,6 +23,7 @@ from jpo_ray.engine.scoring import Scorer, make_scorer
 from jpo_ray.engine.sharding import shard
 from jpo_ray.engine.step import rank_and_world
 from jpo_ray.engine.tasks import check_margins, preference_task, sft_task
+from jpo_ray.engine.tracking import Tracking
 from jpo_ray.errors import InputError
 
 
@@ -50,6 +51,7 @@ def train_sft(
     items: Path,
     model: BaseModelConfig,
     config: SFTConfig,
+    tracking: Tracking | None = None,
 ) -> dict[str, Any]:
     """Fine-tune all parameters on the split `sft`, else on D_S, the loss on the responses; returns the trainer state
     with data counts.
@@ -67,7 +69,9 @@ def train_sft(
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = _spread(make_scorer(policy, dropout_seed=_seed(config), autocast=_autocast(model)), config, device)
     task = sft_task(scorer, tokens, of_split[trained_on], of_split["validation"], config, _seed(config))
-    state = train(policy, tokenizer, task, config, out, progress=progress, final_dtype=DTYPES[model.dtype])
+    state = train(
+        policy, tokenizer, task, config, out, progress=progress, final_dtype=DTYPES[model.dtype], tracking=tracking
+    )
     return state | {"truncated": tokens.truncated, "items": len(of_split[trained_on])}
 
 
@@ -79,6 +83,7 @@ def train_preferences(
     model: BaseModelConfig,
     config: TrainConfig,
     total_steps: int | None,
+    tracking: Tracking | None = None,
 ) -> dict[str, Any]:
     """Train one entry of `train`; returns the trainer state with data counts."""
     tokenizer = load_tokenizer(inputs.model)
@@ -96,7 +101,7 @@ def train_preferences(
         check_margins(scorer, data, config, model.dtype)
     task = preference_task(scorer, data, config, _seed(config), total_steps)
     final_dtype = None if config.use_peft else DTYPES[model.dtype]
-    state = train(policy, tokenizer, task, config, out, progress=progress, final_dtype=final_dtype)
+    state = train(policy, tokenizer, task, config, out, progress=progress, final_dtype=final_dtype, tracking=tracking)
     if config.use_peft and rank_and_world()[0] == 0:
         weights = inputs.weights or weights_hash(inputs.model)
         record_base(out, inputs.model, weights, load_in_4bit=model.load_in_4bit)

@@ -13,6 +13,7 @@ from jpo_ray.engine.checkpoints import keep_only, load_checkpoint, newest_checkp
 from jpo_ray.engine.optim import learning_rate, make_optimizer, warmup_steps
 from jpo_ray.engine.sharding import whole
 from jpo_ray.engine.step import rank_and_world, sum_over_workers, trainable
+from jpo_ray.engine.tracking import Tracking, Write, tracked
 from jpo_ray.files import write_json
 
 Metrics = dict[str, float]
@@ -46,12 +47,13 @@ def train(
     *,
     progress: Progress | None = None,
     final_dtype: torch.dtype | None = None,
+    tracking: Tracking | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place, resuming from the newest valid checkpoint in `out`; returns the trainer state.
 
     Leaves in `out` the final weights, `trainer_state.json` and the best and the last checkpoint. Every rank must call
     it; rank 0 writes. The best checkpoint is the one with the lowest `eval_loss`. `final_dtype` is that of the final
-    weights, where it differs from training's.
+    weights, where it differs from training's. Rank 0 hands what it logs to the trackers of `tracking`.
     """
     parameters = trainable(model)
     optimizer = make_optimizer(parameters, config)
@@ -66,23 +68,24 @@ def train(
     log_every = max(1, task.total_steps // LOG_ENTRIES)
     window: list[Metrics] = []
     model.train()
-    for step in range(state["global_step"], task.total_steps):
-        metrics = _update(parameters, optimizer, task, config, step)
-        state["global_step"] = step + 1
-        state["epoch"] = round((step + 1) / task.steps_per_epoch, 4)
-        state["num_tokens"] += metrics.pop("tokens")
-        window.append(metrics)
-        if progress:
-            progress(step + 1, task.total_steps, metrics)
-        evaluates = (step + 1) % eval_every == 0 or step + 1 == task.total_steps
-        saves = evaluates or (step + 1) % save_every == 0
-        if saves or (step + 1) % log_every == 0:  # a checkpoint holds all that was logged until then
-            state["log_history"].append(_entry(state, _mean(window) | {"num_tokens": state["num_tokens"]}))
-            window = []
-        if evaluates:
-            _evaluate(model, task, state)
-        if saves:
-            _checkpoint(out, model, tokenizer, optimizer, state)
+    with tracked(tracking if rank_and_world()[0] == 0 else None, state["log_history"]) as write:
+        for step in range(state["global_step"], task.total_steps):
+            metrics = _update(parameters, optimizer, task, config, step)
+            state["global_step"] = step + 1
+            state["epoch"] = round((step + 1) / task.steps_per_epoch, 4)
+            state["num_tokens"] += metrics.pop("tokens")
+            window.append(metrics)
+            if progress:
+                progress(step + 1, task.total_steps, metrics)
+            evaluates = (step + 1) % eval_every == 0 or step + 1 == task.total_steps
+            saves = evaluates or (step + 1) % save_every == 0
+            if saves or (step + 1) % log_every == 0:  # a checkpoint holds all that was logged until then
+                _log(state, _mean(window) | {"num_tokens": state["num_tokens"]}, write)
+                window = []
+            if evaluates:
+                _evaluate(model, task, state, write)
+            if saves:
+                _checkpoint(out, model, tokenizer, optimizer, state)
     _finish(out, model, tokenizer, state, final_dtype)
     return state
 
@@ -104,13 +107,13 @@ def _update(
     return metrics | {"learning_rate": rate, "grad_norm": norm}
 
 
-def _evaluate(model: Any, task: Task, state: dict[str, Any]) -> None:
+def _evaluate(model: Any, task: Task, state: dict[str, Any], write: Write) -> None:
     model.eval()
     metrics = task.evaluate()
     model.train()
     if not metrics:
         return
-    state["log_history"].append(_entry(state, metrics))
+    _log(state, metrics, write)
     if state["best_metric"] is None or metrics["eval_loss"] < state["best_metric"]:
         state["best_metric"] = metrics["eval_loss"]
         state["best_model_checkpoint"] = f"checkpoint-{state['global_step']}"
@@ -132,8 +135,11 @@ def _finish(out: Path, model: Any, tokenizer: Any, state: dict[str, Any], dtype:
     _barrier()
 
 
-def _entry(state: dict[str, Any], metrics: Metrics) -> dict[str, Any]:
-    return {"step": state["global_step"], "epoch": state["epoch"]} | {k: float(f"{v:.6g}") for k, v in metrics.items()}
+def _log(state: dict[str, Any], metrics: Metrics, write: Write) -> None:
+    entry = {"step": state["global_step"], "epoch": state["epoch"]}
+    entry |= {name: float(f"{value:.6g}") for name, value in metrics.items()}
+    state["log_history"].append(entry)
+    write(entry)
 
 
 def _mean(window: list[Metrics]) -> Metrics:

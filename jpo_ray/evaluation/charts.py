@@ -228,3 +228,14 @@ def _inlined(svg: str, name: str, label: str) -> str:
     view_box = re.search(r'viewBox="[^"]*"', body)
     opening = f'<svg role="img" aria-label="{html.escape(label)}" {view_box.group() if view_box else ""} '
     return opening + 'xmlns:xlink="http://www.w3.org/1999/xlink">' + body[body.index(">") + 1 :]
+
+
+def standalone(svg: str, colors: Mapping[str, str]) -> str:
+    """A chart of the page as a file of its own, on a white ground, in `colors` by the names of CSS variables."""
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    size = box.group(1).split() if box else ["0", "0", "400", "300"]
+    body = re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: colors[found.group(1)], svg)
+    ground = f'<rect width="{size[2]}" height="{size[3]}" fill="{colors["card"]}"/>'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[2]}" height="{size[3]}" '
+    start = body.index(">") + 1
+    return opening + body[len("<svg ") : start] + ground + body[start:]

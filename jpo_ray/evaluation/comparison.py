@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jpo_ray.errors import InputError
-from jpo_ray.evaluation.report import render, write_page
+from jpo_ray.evaluation.pages import render, write_page
 from jpo_ray.evaluation.win_rates import interval_text
 from jpo_ray.files import read_json, write_json
 from jpo_ray.runs import RunDir

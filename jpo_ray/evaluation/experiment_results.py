@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jpo_ray.evaluation.charts import interval_chart
-from jpo_ray.evaluation.report import render, write_page
+from jpo_ray.evaluation.pages import render, write_page
 from jpo_ray.evaluation.win_rates import interval, interval_text, resampled_mean, win_rates
 from jpo_ray.files import write_json
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from jpo_ray.artifacts import Manifest
 from jpo_ray.config import RunConfig
-from jpo_ray.evaluation.charts import Line, histogram, line_chart, win_rate_chart
+from jpo_ray.evaluation.charts import Line, histogram, line_chart, stacked_bars, win_rate_chart
 from jpo_ray.evaluation.histories import Log, averaged, curve
 from jpo_ray.evaluation.run_facts import joint_similarities
+from jpo_ray.feedback.analysis import CELLS
 from jpo_ray.runs import RunDir
 
 # Measures shown for all trained models together: log key, title, unit.
@@ -22,8 +23,9 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its heading; `svg` is markup made by `charts`, the rest is text."""
+    """A chart with its heading; `svg` is markup made by `charts`, the rest is text. `name` is its file's."""
 
+    name: str
     title: str
     svg: str
     note: str = ""
@@ -34,7 +36,7 @@ def win_rate_panel(models: Mapping[str, Any], series: Mapping[str, int]) -> Pane
     if not any(entry["n"] for entry in models.values()):
         return None
     label = "Win rate against gold per model and temperature, with 95 % intervals"
-    return Panel("Win rate per model and temperature", win_rate_chart("win-rates", label, models, series))
+    return Panel("win-rates", "Win rate per model and temperature", win_rate_chart("win-rates", label, models, series))
 
 
 def similarity_panel(run: RunDir, config: RunConfig, standing: Mapping[str, Manifest]) -> Panel | None:
@@ -49,14 +51,15 @@ def similarity_panel(run: RunDir, config: RunConfig, standing: Mapping[str, Mani
         limited = band != (-1.0, 1.0)
         note += f", strategy {joint.strategy}, " + (f"band {band[0]:g} to {band[1]:g}" if limited else "no band")
     svg = histogram("similarity", "Histogram of instruction similarity of joint pairs", values, band)
-    return Panel("Similarity of the instructions of joint pairs", svg, note)
+    return Panel("similarity", "Similarity of the instructions of joint pairs", svg, note)
 
 
 def sft_panel(log: Log) -> Panel | None:
     lines = _train_and_validation(log, "loss", series=0)
     if not lines:
         return None
-    return Panel("SFT loss", line_chart("sft-loss", "Loss of supervised fine-tuning over steps", lines, unit="nats"))
+    svg = line_chart("sft-loss", "Loss of supervised fine-tuning over steps", lines, unit="nats")
+    return Panel("sft-loss", "SFT loss", svg)
 
 
 def training_panels(logs: Mapping[str, Log], series: Mapping[str, int]) -> list[Panel]:
@@ -65,7 +68,8 @@ def training_panels(logs: Mapping[str, Log], series: Mapping[str, int]) -> list[
     for position, (key, title, unit) in enumerate(MEASURES):
         lines = [line for name, log in logs.items() for line in _train_and_validation(log, key, series[name])]
         if lines:
-            panels.append(Panel(title, line_chart(f"measure-{position}", f"{title} over steps", lines, unit=unit)))
+            of = f"measure-{position}"
+            panels.append(Panel(of, title, line_chart(of, f"{title} over steps", lines, unit=unit)))
     return panels
 
 
@@ -78,7 +82,7 @@ def margin_panels(logs: Mapping[str, Log], series: Mapping[str, int]) -> list[Pa
         if lines:
             label = f"Instruction part and response part of the margin of {name} over steps"
             svg = line_chart(f"margin-{position}", label, lines, unit="margin")
-            panels.append(Panel(name, svg, model=name))
+            panels.append(Panel(f"margin-{position}", name, svg, model=name))
     return panels
 
 
@@ -92,3 +96,31 @@ def _train_and_validation(log: Log, key: str, series: int, dashed: bool = False)
 def logs_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Sequence[Mapping[str, Any]]]:
     """Log histories of the trainings that have one."""
     return {name: state["log_history"] for name, state in states.items() if state.get("log_history")}
+
+
+def interplay_panels(found: Mapping[str, Any]) -> list[Panel]:
+    """What joint verdicts say about items that conditional ones ranked, where there is anything to draw."""
+    titles = {
+        "alike": "Both chosen or both rejected: how many joint verdicts are decisive",
+        "mixed": "One chosen, one rejected: which of them the joint verdict prefers",
+    }
+    drawn = interplay_charts(found)
+    return [Panel(name, title, drawn[name]) for name, title in titles.items() if drawn[name]]
+
+
+def interplay_charts(found: Mapping[str, Any]) -> dict[str, str]:
+    """Bars of the interplay: `alike` and `mixed`, each empty where there is nothing to draw."""
+    bars = {f"{row['annotator']}, {row['dataset']}": row["shares"] for row in found["interplay"]}
+    alike = {key: _two(shares["both alike"]) for key, shares in bars.items() if shares["both alike"] is not None}
+    parts = {key: {cell: shares[cell] for cell in CELLS[2:]} for key, shares in bars.items()}
+    mixed = {key: shares for key, shares in parts.items() if shares[CELLS[2]] is not None}
+    labels = {
+        "alike": "Joint verdicts on items ranked alike",
+        "mixed": "Joint verdicts on a chosen and a rejected item",
+    }
+    drawn = {"alike": alike, "mixed": mixed}
+    return {name: stacked_bars(name, labels[name], of) if of else "" for name, of in drawn.items()}
+
+
+def _two(decisive: float) -> dict[str, float | None]:
+    return {"decisive": decisive, "tie": 100 - decisive}

@@ -107,6 +107,17 @@ def read_columns(run: RunDir, file: str, columns: list[str]) -> pa.Table | None:
     return pq.read_table(path, columns=columns) if path.exists() else None
 
 
+def spent(run: RunDir, standing: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:
+    """Judgments, tokens and US dollars of each artifact that judges."""
+    found = {}
+    for artifact in ("judge", "evaluate", "tournament"):
+        table = read_columns(run, f"{artifact}/judgments.parquet", ["tokens", "cost"]) if artifact in standing else None
+        if table is not None:
+            tokens, cost = (pc.sum(table[name]).as_py() or 0 for name in ("tokens", "cost"))
+            found[artifact] = {"judgments": table.num_rows, "tokens": tokens, "cost": cost}
+    return found
+
+
 def funnel(run: RunDir, standing: Mapping[str, Manifest]) -> dict[str, Any]:
     """From instructions to preferences: counts per split, and per protocol and split. Absent stages give no keys."""
     counts: dict[str, Any] = {}
@@ -114,7 +125,22 @@ def funnel(run: RunDir, standing: Mapping[str, Manifest]) -> dict[str, Any]:
         counts |= _item_counts(run)
     if "pairs" in standing:
         counts["comparisons"] = _comparison_counts(run, judged="judge" in standing)
+    if counts:
+        counts["steps"] = _steps(counts, standing)
     return counts
+
+
+def _steps(counts: Mapping[str, Any], standing: Mapping[str, Manifest]) -> list[dict[str, Any]]:
+    """How many of the train split are left at each step from items to what each model was trained on."""
+    found = [("items", counts["items"]["train"])] if "train" in counts.get("items", {}) else []
+    rows = [row for row in counts.get("comparisons", []) if row["split"] == "train"]
+    for name in ("pairs", "judged", "decisive", "preferences"):
+        if rows and name in rows[0]:
+            found.append((name, sum(row[name] for row in rows)))
+    for artifact, manifest in standing.items():
+        if artifact.startswith("train/") and "comparisons" in manifest.counts:
+            found.append((f"used by {artifact.removeprefix('train/')}", manifest.counts["comparisons"]))
+    return [{"step": name, "count": count} for name, count in found]
 
 
 def _item_counts(run: RunDir) -> dict[str, Any]:
@@ -166,6 +192,7 @@ def _verdict_counts(judged: pa.Table) -> dict[str, dict[tuple[str, str], int]]:
     answered = pc.and_(pc.not_equal(first, "invalid"), pc.not_equal(second, "invalid"))
     flipped = pc.and_(answered, pc.not_equal(first, second))  # null, so dropped, where one order was shown
     return {
+        "judged": _by_kind(judged),
         "decisive": _by_kind(judged.filter(pc.is_in(verdict, pa.array(["a", "b"])))),
         "ties": _by_kind(judged.filter(pc.equal(verdict, "tie"))),
         "invalid": _by_kind(judged.filter(pc.equal(verdict, "invalid"))),

@@ -11,6 +11,7 @@ from jpo_ray.evaluation.run_facts import read_columns
 from jpo_ray.records import SAMPLES
 from jpo_ray.runs import RunDir
 
+GOLD = "\t"  # stands for the gold response in a list of models: no model has this name
 MAX_CHARACTERS = 6000  # of one text on the page: a runaway sample must not make it unusable
 VERDICT_WORDS = {"a": "better than gold", "b": "worse than gold", "tie": "tie with gold", "invalid": "no valid verdict"}
 SAMPLE_KEY = ("instruction_id", "model", "temperature", "seed")
@@ -30,9 +31,10 @@ def section(
         samples = pa.Table.from_pylist([], SAMPLES)
     return {
         "cards": cards(run, standing, samples, models, limit),
-        "lengths": lengths(samples, models),
         "raised": raised_temperatures(samples),
         "sample_temperatures": [repr(value) for value in sorted(samples.column("temperature").unique().to_pylist())],
+        "sample_models": [model for model in models if model in {*samples.column("model").to_pylist()}],
+        "GOLD": GOLD,
         "repeated": _repeated(samples),
         "instructions_sampled": len(samples.column("instruction_id").unique()),
     }

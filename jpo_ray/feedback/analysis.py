@@ -20,6 +20,7 @@ from jpo_ray.feedback.judge import wilson
 from jpo_ray.feedback.strengths import graph_facts
 
 CELLS = ("both chosen", "both rejected", "C > R", "C < R", "C ? R")  # of the interplay; ? is a tie
+SHOWN = (*CELLS[:2], "both alike", *CELLS[2:])
 SIMILARITY_BINS = 4
 
 K = TypeVar("K")
@@ -39,6 +40,33 @@ class Judged:
     similarity: float = 1.0  # cosine of the instructions; NaN where nobody measured it
     characters_a: int = 0  # of the responses
     characters_b: int = 0
+
+
+def analysis_of(rows: Sequence[Judged], people: Sequence[str]) -> dict[str, Any]:
+    """Everything the page shows, as plain numbers; `interplay` also names the comparisons behind each cell.
+
+    In the interplay people who share comparisons count as one, with what they say together, as in the paper.
+    """
+    together = gold_rows(rows, people)
+    tables = interplay([*(row for row in rows if not together or row.annotator not in people), *together])
+    ranked = {
+        key: table for key, table in tables.items() if any(share is not None for share in table.shares().values())
+    }
+    return {
+        "judged": len(rows),
+        "annotators": list(dict.fromkeys(row.annotator for row in rows)),
+        "verdicts": verdict_counts(rows),
+        "agreements": agreements(rows, people),
+        "interplay": [
+            {"annotator": annotator, "dataset": dataset, "shares": table.shares(), "comparisons": table.decisive,
+             "ties": table.ties, "unranked": table.unranked}
+            for (annotator, dataset), table in ranked.items()
+        ],
+        "average": average_shares(ranked),
+        "length_bias": length_bias(rows),
+        "similarity": decisiveness_by_similarity(rows),
+        "circles": circles(rows),
+    }  # fmt: skip
 
 
 def agreement_score(one: Verdict, other: Verdict) -> float:

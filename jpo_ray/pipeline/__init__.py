@@ -1,5 +1,6 @@
 """The pipeline: which stages there are, in which order, and running them on a run directory."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from jpo_ray.cache import cache_folder
 from jpo_ray.config import TINY, RunConfig
+from jpo_ray.engine.tracking import check_trackers
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
 from jpo_ray.pipeline import (
@@ -121,6 +123,9 @@ def _check_early(context: Context, stages: Sequence[str]) -> None:
             )  # fmt: skip
         else:
             load_tokenizer(base_model(context)[0])
+    if {"sft", "train", "evaluate"} & {*stages}:
+        cluster = context.config.cluster.address or os.environ.get("RAY_ADDRESS")
+        check_trackers(context.config.report_to, here=not cluster)
     sample, evaluate, items = context.config.sample, context.config.evaluate, context.config.items
     if "sample" in stages and sample is not None:
         choose_engine(sample.engine)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jpo_ray.artifacts import Manifest, stage_fingerprint
 from jpo_ray.config import RunConfig
+from jpo_ray.engine.tracking import Tracking, trackers_of
 from jpo_ray.errors import InputError
 from jpo_ray.runs import RunDir
 
@@ -76,6 +77,10 @@ class Context:
 
     def path(self, artifact: str) -> Path:
         return self.run.path(artifact)
+
+    def tracking(self, name: str, key: str, about: Mapping[str, Any] | None = None) -> Tracking:
+        """Where the metrics of a model go; `key` tells one making of it from another."""
+        return Tracking(trackers_of(self.config.report_to), self.run.root.resolve(), name, key, about or {})
 
     def seed(self, own: int | None = None) -> int:
         return self.config.seed if own is None else own

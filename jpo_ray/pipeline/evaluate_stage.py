@@ -10,6 +10,7 @@ from jpo_ray import records
 from jpo_ray.cache import cache_folder
 from jpo_ray.config import EvaluateConfig, RunConfig
 from jpo_ray.config_judge import AnnotatorConfig
+from jpo_ray.engine.tracking import tracked
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.judge import invalid_reasons, require_verdicts
 from jpo_ray.files import write_json
@@ -54,6 +55,8 @@ def evaluate_specs(context: Context) -> list[Spec]:
         table = records.write_table(out / "judgments.parquet", rows, records.SAMPLE_JUDGMENTS)
         result = controlled_win_rates(table, samples, golds, config.bootstrap_samples, context.config.seed)
         write_json(out / "win_rates.json", result)
+        for name, entry in result["models"].items():
+            _track(context, name, entry, out.name)
         empty = sum(entry["empty"] for entry in result["models"].values())
         return {"judgments": len(rows), "empty responses": empty} | _invalid(rows, warning)
 
@@ -66,6 +69,18 @@ def evaluate_specs(context: Context) -> list[Spec]:
     if config.policies:
         specs.append(_policies_spec(context))
     return specs
+
+
+def _track(context: Context, name: str, found: dict[str, Any], key: str) -> None:
+    """A model's win rates to the trackers, at the step where its training ended."""
+    assert context.config.sample is not None
+    manifest = context.run.manifest("sft" if name == "sft" else f"train/{name}")
+    rates = found["win_rate"] | {"length_controlled": found.get("length_controlled", {}).get("rate")}
+    prefix = "test" if context.config.sample.split == "test" else "eval"
+    entry = {f"{prefix}_win_rate/{of}": rate for of, rate in rates.items()}
+    entry["step"] = manifest.counts.get("steps", 0) if manifest else 0  # no SFT: the base model
+    with tracked(context.tracking(f"{name}/evaluate", key), []) as write:
+        write(entry)
 
 
 def _invalid(rows: Sequence[dict[str, Any]], warning: str) -> dict[str, Any]:

@@ -41,7 +41,10 @@ def sft_specs(context: Context) -> list[Spec]:
         from jpo_ray.engine.jobs import train_sft
 
         folder = context.path("base") if before else base_model(context)[0]
-        work = Work(train_sft, (folder.resolve(), context.path("items").resolve(), context.config.model, seeded))
+        about = {"model": context.config.model.model_dump(), "sft": seeded.model_dump()}
+        tracking = context.tracking("sft", out.name, about)
+        data = context.path("items").resolve()
+        work = Work(train_sft, (folder.resolve(), data, context.config.model, seeded, tracking))
         with progress_bar(context.console, "fine-tuning on D_S") as bar:
             alone = context.config.cluster.model_copy(update={"trainings_at_once": 1})
             state = run_training(context.ray(), alone, "sft", work, out.resolve(), _shower(bar))
@@ -187,7 +190,9 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
             weights_hash(base, cache_folder()),
         )
         steps = _steps_of(context, like) if like else None
-        work = Work(train_preferences, (where, context.config.model, seeded, steps))
+        about = {"model": context.config.model.model_dump(), "train": seeded.model_dump()}
+        tracking = context.tracking(entry.name, out.name, about)
+        work = Work(train_preferences, (where, context.config.model, seeded, steps, tracking))
         ray, cluster = context.ray(), context.config.cluster
         if context.in_trial and cluster.num_workers == 1:
             state = run_here(ray, cluster, work, out.resolve())

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pytest
@@ -15,7 +17,8 @@ import pytest
 from jpo_ray import records
 from jpo_ray.config import RunConfig
 from jpo_ray.evaluation import sample_cards
-from jpo_ray.evaluation.report import duration_text, make_report
+from jpo_ray.evaluation.pages import duration_text
+from jpo_ray.evaluation.report import make_report
 from jpo_ray.evaluation.run_facts import funnel, standing_manifests
 from jpo_ray.runs import RunDir, open_run
 from tests.evaluation import synthetic_run as synthetic
@@ -53,7 +56,7 @@ def report(run: RunDir, config: RunConfig) -> tuple[dict[str, Any], str]:
     out = run.root.parent / "report"
     out.mkdir(exist_ok=True)
     make_report(run, config, out)
-    assert sorted(path.name for path in out.iterdir()) == ["index.html", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["figures", "index.html", "report.md", "summary.json"]
     return json.loads((out / "summary.json").read_text()), (out / "index.html").read_text()
 
 
@@ -67,7 +70,10 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
 
 def test_full_run(full: tuple[dict[str, Any], str]) -> None:
     summary, html = full
-    assert set(summary) == {"models", "seconds", "counts", "versions"}
+    assert set(summary) == {
+        "models", "seconds", "spent", "counts", "trainings", "judges", "policies", "tournament", "lengths", "missing",
+        "config", "versions",
+    }  # fmt: skip
     assert set(summary["models"]) == {"sft", "jpo", "dpo"}
     for entry in summary["models"].values():
         assert set(entry["win_rate"]) == {"0.001", "0.5", "1.0", "mean"}
@@ -95,10 +101,58 @@ def test_full_run(full: tuple[dict[str, Any], str]) -> None:
     assert f"{summary['models']['jpo']['win_rate']['mean']:.1f} %" in page.text
     for heading in ("Win rates", "SFT loss", "What the margin is made of", "From pairs to preferences", "Samples"):
         assert heading in page.text
-    assert page.count("svg") == 1 + 1 + 4 + 2 + 1  # win rates, SFT, measures, margins of two models, similarity
+    # Win rates, SFT, measures, margins of two models, similarity, interplay.
+    assert page.count("svg") == 1 + 1 + 4 + 2 + 1 + 2
     assert page.count("article") == 40
     assert ", seed " not in page.text
     assert not re.search(r"not evaluated|not sampled|no pairs yet", page.text)
+
+
+def test_the_summary_and_the_markdown_say_what_the_page_says(run: RunDir) -> None:
+    """Every number of the tables, two annotators' agreement and what judging cost among them."""
+    synthetic.put_everything(run, tests=12)
+    judgments = records.read_table(run.path("judge") / "judgments.parquet", records.JUDGMENTS).to_pylist()
+    for row in judgments:
+        row |= {"tokens": 10, "cost": 0.01}
+    other = [row | {"annotator": "second", "verdict": "a"} for row in judgments]
+    preferences = records.read_table(run.path("judge") / "preferences.parquet", records.PREFERENCES)
+    tables = {
+        "judgments.parquet": ([*judgments, *other], records.JUDGMENTS),
+        "preferences.parquet": (preferences, records.PREFERENCES),
+    }
+    shutil.rmtree(run.path("judge"))
+    synthetic.put(run, "judge", tables)
+    summary, html = report(run, synthetic.make_config())
+    text = (run.root.parent / "report" / "report.md").read_text()
+    page = Page(html).text
+    assert summary["spent"]["judge"] == {"judgments": 240, "tokens": 2400, "cost": pytest.approx(2.4)}
+    assert [row["step"] for row in summary["counts"]["funnel"]["steps"]] == [
+        "items", "pairs", "judged", "decisive", "preferences", "used by jpo", "used by dpo",
+    ]  # fmt: skip
+    (conditional, joint) = summary["judges"]["agreements"]
+    assert (conditional["one"], conditional["other"], joint["protocol"]) == ("sandbox", "second", "joint")
+    numbers = [f"{row['score']:.1f}" for row in (conditional, joint)]
+    numbers += [f"{share:.1f}" for row in summary["judges"]["interplay"] for share in row["shares"].values() if share]
+    numbers += [f"{entry['win_rate']['mean']:.1f}" for entry in summary["models"].values()]
+    numbers += [f"{row['train_loss']:.3f}" for row in summary["trainings"]] + ["2,400", "2.40"]
+    for number in numbers:
+        assert number in page, number
+        assert number.replace(",", "") in text.replace(",", ""), number
+    assert "used by jpo" in text
+    figures = sorted(path.name for path in (run.root.parent / "report" / "figures").iterdir())
+    assert sorted(re.findall(r"\(figures/(.*?)\)", text)) == figures
+    assert len(figures) == Page(html).count("svg")
+
+
+def test_figures_are_images_of_their_own(run: RunDir) -> None:
+    synthetic.put_everything(run, tests=3)
+    report(run, synthetic.make_config())
+    for path in (run.root.parent / "report" / "figures").iterdir():
+        drawn = path.read_text()
+        root = ElementTree.fromstring(drawn)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert float(root.attrib["width"]) > 300
+        assert "var(" not in drawn
 
 
 def test_models_are_in_the_order_of_the_config(run: RunDir) -> None:
@@ -123,7 +177,7 @@ def test_funnel_counts_add_up(run: RunDir) -> None:
         ("joint", "validation"): 6,
     }
     for row in rows.values():
-        assert row["decisive"] + row["ties"] + row["invalid"] == row["pairs"]
+        assert row["decisive"] + row["ties"] + row["invalid"] == row["judged"] == row["pairs"]
         assert row["preferences"] == row["decisive"]
         assert row["flipped"] <= row["ties"]
     assert sum(row["flipped"] for row in rows.values()) > 0
@@ -137,7 +191,7 @@ def test_evaluate_off_is_said_and_never_shown_as_numbers(run: RunDir) -> None:
     page = Page(html)
     assert "not evaluated: `evaluate` is off in the config" in page.text
     assert "better than gold" not in page.text
-    assert "95 % interval" not in page.text
+    assert "against sft" not in page.text
     assert page.count("article") == 5
 
 
@@ -154,7 +208,9 @@ def test_sample_off(run: RunDir) -> None:
 
 def test_empty_run(run: RunDir) -> None:
     summary, html = report(run, synthetic.make_config())
-    assert summary == {"models": {}, "seconds": {}, "counts": {"funnel": {}}, "versions": {}}
+    nothing = {"models": {}, "seconds": {}, "spent": {}, "counts": {"funnel": {}}, "trainings": [], "versions": {}}
+    nothing |= {"judges": None, "policies": None, "tournament": None, "lengths": []}
+    assert {name: summary[name] for name in nothing} == nothing
     assert "not evaluated yet: run `jpo evaluate`" in Page(html).text
 
 
@@ -171,7 +227,7 @@ def test_ready_made_labels_and_no_joint_pairs(run: RunDir) -> None:
     synthetic.put(run, "judge", tables)
     summary, html = report(run, synthetic.make_config(pairs={"joint": None}))
     assert summary["counts"]["funnel"]["labels"] == 1
-    expected = {"decisive": 1, "ties": 0, "flipped": 0, "invalid": 0, "preferences": 0}
+    expected = {"judged": 1, "decisive": 1, "ties": 0, "flipped": 0, "invalid": 0, "preferences": 0}
     kind = {"protocol": "conditional", "split": "train", "pairs": 1}
     assert summary["counts"]["funnel"]["comparisons"] == [kind | expected]
     assert "Similarity of the instructions" not in html

@@ -86,6 +86,44 @@ def test_filter_and_temperature(browser: "Browser", report: Path) -> None:
     page.close()
 
 
+def test_differences_are_marked_on_both_sides(browser: "Browser", report: Path) -> None:
+    page, problems = opened(browser, report)
+    card = page.locator(".sample-card").first
+    page.select_option("#models", "jpo")
+    page.select_option("#base", "sft")
+    assert page.locator(".answers > div:visible").count() == 12 * 2
+    texts = [synthetic.texts(60, model, 0.001) for model in ("sft", "jpo")]
+    for model, text, other in zip(("sft", "jpo"), texts, reversed(texts), strict=True):
+        answer = card.locator(f".answers > div:visible[data-model={model}] .text")
+        assert answer.evaluate("element => element.textContent") == text
+        marked = answer.locator("mark").all_inner_texts()
+        assert bool(marked) == (text != other)
+        assert all(mark in text for mark in marked)
+    page.select_option("#base", "")
+    assert page.locator("mark").count() == 0
+    page.select_option("#models", "")
+    page.select_option("#base", "\t")  # gold
+    assert page.locator(".answers mark").count() > 0
+    assert page.locator(".gold mark").count() == 0
+    assert problems == []
+    page.close()
+
+
+def test_what_is_common_is_not_marked(browser: "Browser", report: Path) -> None:
+    page, _ = opened(browser, report)
+    compare = """([text, other]) => {
+        const element = document.createElement("div");
+        element.textContent = text;
+        mark(element, other, false);
+        return element.innerHTML;
+    }"""
+    found = page.evaluate(compare, ["fig,  plum and <b>pear</b>.", "plum, fig and pear."])
+    assert found == "<mark>fig,</mark>  plum and <mark>&lt;b&gt;</mark>pear<mark>&lt;/b&gt;</mark>."
+    assert page.evaluate(compare, ["", "plum"]) == ""
+    assert page.evaluate(compare, ["same\n", "same\n"]) == "same\n"
+    page.close()
+
+
 @pytest.mark.parametrize("width", [390, 1400])
 def test_hostile_texts_do_nothing(browser: "Browser", attacked: Path, width: int) -> None:
     page, problems = opened(browser, attacked, width)

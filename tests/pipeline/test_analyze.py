@@ -9,7 +9,7 @@ from jpo_ray import records
 from jpo_ray.cli import main
 from jpo_ray.config_file import parse_config
 from jpo_ray.errors import InputError
-from jpo_ray.pipeline.analyze import short_names
+from jpo_ray.evaluation.run_judgments import short_names
 from pipeline.inline import install, run, small_config
 
 ALSO = [

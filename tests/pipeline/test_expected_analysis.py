@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from jpo_ray import records
-from jpo_ray.evaluation.analysis_page import analysis_of
-from jpo_ray.feedback.analysis import CELLS
-from jpo_ray.pipeline.analyze import _judged, _of_run
+from jpo_ray.evaluation.run_judgments import compared_in, judged_rows
+from jpo_ray.feedback.analysis import CELLS, analysis_of
 from jpo_ray.runs import RunDir
 from jpo_ray.sandbox import quality
 from pipeline.inline import install, run, small_config
@@ -49,7 +48,7 @@ def chances(difference: float, noise: float) -> Chances:
 @pytest.fixture(scope="module")
 def expected(judged: RunDir) -> dict[str, dict[str, Chances]]:
     """By annotator and comparison."""
-    compared = _of_run(judged).comparisons
+    compared = compared_in(judged).comparisons
     differences = {
         key: quality(each.instruction_a, each.response_a) - quality(each.instruction_b, each.response_b)
         for key, each in compared.items()
@@ -59,8 +58,8 @@ def expected(judged: RunDir) -> dict[str, dict[str, Chances]]:
 
 @pytest.fixture(scope="module")
 def found(judged: RunDir) -> dict[str, Any]:
-    compared = _of_run(judged)
-    return analysis_of(list(_judged(compared, compared.judgments)), [])
+    compared = compared_in(judged)
+    return analysis_of(list(judged_rows(compared, compared.judgments)), [])
 
 
 def within(value: float, chance: list[float], scale: list[float] | None = None) -> bool:
@@ -81,7 +80,7 @@ def test_verdicts_are_as_often_as_expected(found: dict[str, Any], expected: dict
 def test_agreement_is_as_expected(
     judged: RunDir, found: dict[str, Any], expected: dict[str, dict[str, Chances]]
 ) -> None:
-    protocol_of = {key: each.protocol for key, each in _of_run(judged).comparisons.items()}
+    protocol_of = {key: each.protocol for key, each in compared_in(judged).comparisons.items()}
     assert len(found["agreements"]) == 6  # three pairs of annotators, two protocols
     for row in found["agreements"]:
         one, other = expected[row["one"]], expected[row["other"]]
