@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's workers stand back for other processes; the bare engine does not
+    # Ray's workers stand back for other processes; the bare engine does not.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     taken: dict[str, list[float]] = {"vllm.LLM.generate": [], "jpo sample": []}
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))

@@ -16,6 +16,7 @@ from jpo_ray.evaluation.experiment_results import markdown_table, saturation
 from jpo_ray.evaluation.win_rates import interval_text
 from jpo_ray.files import output_folder, read_json
 from miniature.claims import Found, all_claims
+from miniature.figures import section_figure, table_5_figure
 
 TABLE_5 = {  # win rates at temperatures 0.001, 0.5, 1.0, and their mean; TL;DR and Anthropic-Helpful
     "SFT": ("46.6 / 44.9 / 39.8 / 43.8", "59.1 / 56.2 / 56.8 / 57.4"),
@@ -87,8 +88,10 @@ def write_document(found: Mapping[str, Found], main_run: Path, out: Path) -> Non
         "joint": _joint(read_json(main_run / "tournament" / "tournament.json")),
         "policies": _policies(read_json(main_run / "policies" / "policies.json")),
     }
+    titled = {ENTRIES[group.entry]: group for group in found["objectives"].groups if group.entry in ENTRIES}
     with output_folder(out):
-        context["sections"] = [_section(name, found[name]) for name in SECTIONS if name in found]
+        context["table_5_figure"] = table_5_figure(titled, TABLE_5, out)
+        context["sections"] = [_section(name, found[name], out) for name in SECTIONS if name in found]
         words = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=False)
         words.filters |= {"number": _number, "thousands": "{:,.0f}".format}
         staged = out / ".results.md.part"
@@ -161,7 +164,7 @@ def _metric(values: Sequence[float | None], form: str) -> str:
     return _number(100 * value) if form == "percent" and value is not None else _number(value, form)
 
 
-def _section(name: str, found: Found) -> dict[str, Any]:
+def _section(name: str, found: Found, out: Path) -> dict[str, Any]:
     heading, done, paper = SECTIONS[name]
     sizes = [
         (float(size), group.win_rate)
@@ -170,7 +173,8 @@ def _section(name: str, found: Found) -> dict[str, Any]:
     ]
     return {
         "name": name, "heading": heading, "done": done, "paper": paper, "table": markdown_table(found.groups).strip(),
-        "saturation": saturation(sizes, 1.0),
+        "saturation": saturation(sizes, 1.0), "figure": section_figure(name, found.groups, out),
+        "seeds": ", ".join(dict.fromkeys(each.repetition for each in found.measured if each.repetition)),
     }  # fmt: skip
 
 

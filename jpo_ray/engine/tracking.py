@@ -17,6 +17,7 @@ from jpo_ray.errors import InputError
 
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 PROJECT = "jpo-ray"  # at Weights & Biases, where WANDB_PROJECT names no other
+FINISH_S = 60.0  # longest wait for an upload when a training ends; what is not sent stays on disk for `wandb sync`
 LOGS = "logs"  # in the run directory
 PREFIXES = ("eval", "test")  # of keys; all others are training's
 
@@ -49,7 +50,7 @@ def trackers_of(report_to: Sequence[str]) -> tuple[str, ...]:
 
 def check_trackers(report_to: Sequence[str], *, here: bool) -> None:
     """Raise `InputError` where Weights & Biases is asked for and cannot be had. `here`: this machine runs the work."""
-    if WANDB not in report_to:
+    if WANDB not in trackers_of(report_to):
         return
     wandb = _wandb_package()
     online = os.environ.get("WANDB_MODE", "online") == "online"
@@ -124,7 +125,7 @@ def _wandb(tracking: Tracking) -> Iterator[Write]:
             resume="allow",
             dir=str(tracking.folder),
             config=dict(tracking.about),
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, finish_timeout=FINISH_S),
         )
     except wandb.errors.Error as error:
         raise InputError(

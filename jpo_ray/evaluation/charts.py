@@ -152,6 +152,41 @@ def interval_chart(
     return _svg(name, label, draw, height=290)
 
 
+def rate_rows(
+    name: str,
+    label: str,
+    rows: Mapping[str, tuple[float, float, float]],
+    others: Mapping[str, Mapping[str, float]],
+    x_label: str,
+) -> str:
+    """A row for each key, of (rate, low, high): a diamond on its interval; hollow markers for what others found, by
+    their name and the row's.
+    """
+
+    def draw(axes: "Axes") -> None:
+        for place, (rate, low, high) in enumerate(rows.values()):
+            axes.hlines(place, low, high, color=SERIES_HEX.format(1), linewidth=2.2)
+            own = "here" if others and place == 0 else None
+            axes.plot([rate], [place], marker="D", color=SERIES_HEX.format(1), markersize=6.5, linestyle="", label=own)
+        for number, (other, rates) in enumerate(others.items()):
+            points = [(rates[key], place) for place, key in enumerate(rows) if key in rates]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), marker=MARKERS[number % len(MARKERS)], markerfacecolor="none",
+                    color=SERIES_HEX.format(0), markersize=6, linestyle="none", label=other,
+                )  # fmt: skip
+        if others:
+            axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+        axes.set_yticks(range(len(rows)), [_shortened(key, 30) for key in rows], color=ROLES["ink"])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(x_label)
+
+    return _svg(name, label, draw, height=60 + 24 * len(rows) + (18 * (len(others) + 1) if others else 0))
+
+
 def stacked_bars(name: str, label: str, bars: Mapping[str, Mapping[str, float | None]]) -> str:
     """A bar for each key, its parts in percent side by side and named in a legend; the last one is grey."""
     parts = list(dict.fromkeys(part for values in bars.values() for part in values))

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jpo_ray.evaluation.charts import interval_chart
-from jpo_ray.evaluation.pages import render, write_page
+from jpo_ray.evaluation.charts import interval_chart, standalone
+from jpo_ray.evaluation.pages import light_colors, render, write_page
 from jpo_ray.evaluation.win_rates import interval, interval_text, resampled_mean, win_rates
 from jpo_ray.files import write_json
 
@@ -130,7 +130,7 @@ def saturation(points: Sequence[tuple[float, float]], within: float) -> float | 
 def write_results(
     name: str, groups: Sequence[Group], varies: str | None, within: float, out: Path, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`results.json`, `results.md` and `index.html` in `out`; returns the results.
+    """`results.json`, `results.md`, `index.html` and, of a curve, `curve.svg` in `out`; returns the results.
 
     `varies` is the setting of the horizontal axis, where its values are numbers.
     """
@@ -149,9 +149,9 @@ def write_results(
     columns = list(dict.fromkeys(key for group in groups for key in group.settings))
     temperatures = list(dict.fromkeys(key for group in groups for key in group.by_temperature))
     write_json(out / "results.json", found)
-    staged = out / ".results.md.part"
-    staged.write_text(markdown_table(groups), encoding="utf-8")
-    staged.replace(out / "results.md")
+    if chart:
+        write_page(out / "curve.svg", standalone(chart, light_colors()))
+    write_page(out / "results.md", markdown_table(groups) + ("\n![Curve](curve.svg)\n" if chart else ""))
     context = {**found, "chart": chart, "columns": columns, "temperatures": temperatures, "rows": groups}
     write_page(out / "index.html", render("experiment.html", context))
     return found

@@ -1,6 +1,7 @@
 """The miniature of the paper: claims by hand, and the page that is written of them."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -78,6 +79,13 @@ def test_the_page_has_the_numbers(found: dict[str, Found], tmp_path: Path) -> No
     assert "within a point of the last value from 300 on" in page
     assert "| joint | 0.95 | 0.80 |\n| conditional | 0.95 | 0.70 |\n| both | 0.95 | 0.90 |\n" in page
     assert "| JPO | 80.0 | 0.50 |" in page
+    assert "Seeds: 0." in page
+    figures = [path.name for path in (tmp_path / "docs" / "figures").iterdir()]
+    assert sorted(re.findall(r"\(figures/(.*?)\)", page)) == sorted(figures)
+    assert len(figures) == 1 + 6  # Table 5, and a figure for each other experiment
+    curve = (tmp_path / "docs" / "figures" / "results-data_scaling.svg").read_text()
+    assert "the paper, TL;DR" in curve
+    assert "var(" not in curve
     assert "None" not in page
     assert "{" not in page
 

@@ -142,6 +142,25 @@ def test_an_engine_split_in_two_says_the_same(
     assert answers_of(requests, answers, models) == greedy
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_two_engines_that_hold_every_core_say_the_same(
+    ray_cluster: Any, models: Models, prompts: list[list[int]], greedy: Texts
+) -> None:
+    """More requests than one engine takes at a time, so that both have some."""
+    requests = greedy_requests(models, prompts)
+    copies = [replace(request, number=number) for number, request in enumerate(requests * 16)]
+    two = CLUSTER.model_copy(update={"num_actors": 2})
+    answers = list(generate(ray_cluster, two, CONFIG, "vllm", "float32", copies))
+    assert sorted(answer.number for answer in answers) == list(range(len(copies)))
+    for turn in range(16):
+        here = range(turn * len(requests), (turn + 1) * len(requests))
+        again = [replace(answer, number=answer.number - here[0]) for answer in answers if answer.number in here]
+        assert answers_of(requests, again, models) == greedy
+
+
 def test_transformers_mixes_base_and_adapters(models: Models, prompts: list[list[int]], greedy: Texts) -> None:
     requests = greedy_requests(models, prompts)
     base = models["base"].path

@@ -1,6 +1,6 @@
 """What trainings log is in TensorBoard's event files and Weights & Biases' runs, each step once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,19 @@ def test_none_is_nothing_and_all_is_what_is_installed(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_that_is_not_there_or_has_no_key_is_said_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Weights & Biases as a new process finds it: it reads the environment once."""
+    package = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    package.teardown()
+    yield
+    package.teardown()
+
+
+@pytest.mark.usefixtures("wandb")
+def test_wandb_that_is_not_there_or_has_no_key_is_said_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     check_trackers(["tensorboard"], here=True)
     with pytest.raises(InputError, match="has no key; run `wandb login`"):
@@ -88,9 +97,9 @@ def test_wandb_that_is_not_there_or_has_no_key_is_said_early(tmp_path: Path, mon
         check_trackers(["wandb"], here=False)
 
 
+@pytest.mark.usefixtures("wandb")
 def test_a_run_of_wandb_has_the_same_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline; begun anew where a training goes on, so that what is uploaded later has each step once."""
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracking = Tracking(("tensorboard", "wandb"), tmp_path, "jpo", "key", {"beta": 0.5})
     for history in ([], HISTORY[:1]):

@@ -103,7 +103,8 @@ def test_the_page_shows_a_curve_where_numbers_vary(tmp_path: Path) -> None:
     assert page.count("<svg") == 1
     assert "data &lt;scaling&gt;" in page
     assert "10,000 on" in page
-    assert (tmp_path / "results.md").read_text().count("\n") == 6
+    assert (tmp_path / "results.md").read_text().count("\n") == 8
     words = [measured("jpo", "0", {0.0: "wl"}, strategy=name) for name in ("random", "similar")]
     write_results("strategies", groups_of(words, 50, 0), "strategy", 1.0, tmp_path, {})
     assert "<svg" not in (tmp_path / "index.html").read_text()
+    assert "curve.svg" not in (tmp_path / "results.md").read_text()
