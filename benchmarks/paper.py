@@ -1,9 +1,11 @@
 """The paper's evaluation in miniature, on the sandbox: every experiment, then docs/results.md with their tables.
 
-    python benchmarks/paper.py --run-dir runs/paper [--out docs] [section.key=value ...]
+    python benchmarks/paper.py --run-dir runs/paper [--out docs] [--finished] [section.key=value ...]
 
 `make paper` runs it. Experiments share what they can: data, judgments, SFT model and reference are made once. It goes
 on where it was stopped; the time it then states is that of the work, as the runs' manifests and this script took it.
+`--finished` runs nothing: it writes the page and its figures from the experiments that are finished below the folder,
+whether this script or `jpo scale --run-dir FOLDER/NAME` carried them out.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from rich.console import Console
 from jpo_ray.config_experiment import load_experiment
 from jpo_ray.evaluation.experiment_results import groups_of
 from jpo_ray.files import output_folder, read_json, write_json
-from jpo_ray.pipeline.scale import scale
+from jpo_ray.pipeline.scale import measured_in, scale
 
 # In this order: the first makes what the others share.
 CLAIMS = ("objectives", "data_scaling", "protocols")  # what the paper has numbers of
@@ -31,9 +33,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/paper"))
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of results.md")
+    parser.add_argument("--finished", action="store_true", help="run nothing, write what is finished")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     console = Console()
+    if arguments.finished:
+        write_finished(arguments.run_dir, arguments.out, arguments.overrides)
+        return
     found: dict[str, Found] = {}
     made: list[Path] = []
     for name in EXPERIMENTS:
@@ -49,6 +55,28 @@ def main() -> None:
             write_document(found, arguments.run_dir / "objectives" / "run", arguments.out)
     minutes = sum(each.seconds for each in found.values()) / 60
     console.print(f"{arguments.out / 'results.md'}: {minutes:.0f} minutes of work", highlight=False)
+
+
+def write_finished(run_dir: Path, out: Path, overrides: list[str]) -> None:
+    """The page from the experiments that have results below `run_dir`; needs those that the paper has numbers of."""
+    found = {}
+    for name in EXPERIMENTS:
+        folder = run_dir / name
+        if not (folder / "results.json").exists():
+            continue
+        experiment = load_experiment(CONFIGS / f"{name}.yaml", overrides)
+        measured = measured_in(experiment, folder)
+        found[name] = Found(measured, groups_of(measured, RESAMPLES, 0), _seconds(folder))
+    if missing := [name for name in CLAIMS if name not in found]:
+        raise SystemExit(f"--finished: {run_dir} lacks the results of {', '.join(missing)}")
+    write_document(found, run_dir / "objectives" / "run", out)
+
+
+def _seconds(folder: Path) -> float:
+    """As this script took them, else those of the runs' stages."""
+    if (folder / "seconds.json").exists():
+        return float(read_json(folder / "seconds.json")["seconds"])
+    return sum(float(read_json(path)["seconds"]) for path in folder.glob("*/**/manifest.json"))
 
 
 @contextmanager

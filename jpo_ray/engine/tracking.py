@@ -72,7 +72,7 @@ def tracked(tracking: Tracking | None, history: Sequence[Entry]) -> Iterator[Wri
         opened: list[Write] = []
         if tracking is not None and tracking.report_to:
             shutil.rmtree(tracking.folder, ignore_errors=True)
-            tracking.folder.mkdir(parents=True)
+            tracking.folder.mkdir(parents=True, exist_ok=True)
             opened = [stack.enter_context(_TRACKERS[name](tracking)) for name in tracking.report_to]
 
         def write(entry: Entry) -> None:

@@ -37,7 +37,7 @@ def scale(
     for number, (run, path) in enumerate(zip(experiment.runs, folders, strict=True), start=1):
         console.print(f"[bold]run {number} of {len(folders)}: {run.name}[/bold]", highlight=False)
         run_stages(run.config, path, list(STAGES), console, others=[*folders[: number - 1], *others])
-    measured = [each for run, path in zip(experiment.runs, folders, strict=True) for each in _measured(run, path)]
+    measured = measured_in(experiment, folder)
     first = experiment.runs[0].config
     assert first.evaluate is not None
     groups = groups_of(measured, first.evaluate.bootstrap_samples, first.seed)
@@ -48,6 +48,11 @@ def scale(
     console.print(groups_table(groups))
     console.print(f"Experiment: {folder / 'index.html'}", highlight=False, soft_wrap=True)
     return measured
+
+
+def measured_in(experiment: Experiment, folder: Path) -> list[Measured]:
+    """What was measured of every model of the experiment's runs below `folder`, which must be finished."""
+    return [each for run in experiment.runs for each in _measured(run, folder / run.name)]
 
 
 def _measured(run: Run, path: Path) -> Iterator[Measured]:

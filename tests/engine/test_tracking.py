@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from engine.events import scalars
 from engine.test_checkpoints import STEPS, StoppedError, recipe_of, stop
 from engine.tiny import World
 from jpo_ray.config import BaseModelConfig
@@ -16,14 +17,7 @@ from jpo_ray.engine.tasks import preference_task
 from jpo_ray.engine.tracking import Tracking, check_trackers, tracked, trackers_of
 from jpo_ray.errors import InputError
 
-accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 HISTORY = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "rewards/margins": 1.5}, {"step": 2, "eval_loss": 0.75}]
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values by name, as TensorBoard reads them."""
-    read = accumulators.EventAccumulator(str(folder)).Reload()
-    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
 def run(world: World, out: Path, tracking: Tracking, progress: Callable[..., None] | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.events import scalars
 from safetensors.numpy import load_file
 
 from jpo_ray import records
@@ -70,6 +71,18 @@ def test_the_numbers_of_a_small_run(finished: Finished) -> None:
     assert counts["train/dpo"]["steps"] == counts["train/jpo"]["steps"]  # steps_like: jpo
     assert counts["train/dpo"]["comparisons"] < comparisons
     assert counts["sample"]["samples"] == counts["evaluate"]["judgments"] == 18
+
+
+def test_trainings_and_win_rates_are_in_event_files(finished: Finished) -> None:
+    rates = read_json(finished.run_dir / "evaluate" / "win_rates.json")["models"]
+    for name, folder in (("sft", "sft"), ("jpo", "train/jpo"), ("dpo", "train/dpo")):
+        state = read_json(finished.run_dir / folder / "trainer_state.json")
+        logs = finished.run_dir / "logs" / name
+        losses = [(entry["step"], pytest.approx(entry["loss"])) for entry in state["log_history"] if "loss" in entry]
+        assert scalars(logs)["train/loss"] == losses != []
+        found = scalars(logs / "evaluate")
+        for of, rate in rates[name]["win_rate"].items():
+            assert found[f"test/win_rate/{of}"] == [(state["global_step"], pytest.approx(rate))]
 
 
 def test_comparisons_that_judgments_imply_are_trained_on_too(run_dir: Path, cluster: Cluster) -> None:  # noqa: ARG001
