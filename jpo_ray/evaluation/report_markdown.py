@@ -92,7 +92,8 @@ def _tournament(found: Mapping[str, Any] | None) -> list[str]:
     if found is None:
         return []
     names = found["matrix"]["models"]
-    matrix = ([name, *map(number_text, row)] for name, row in zip(names, found["matrix"]["win_rate"], strict=True))
+    rows = zip(names, found["matrix"]["win_rate"], found["matrix"]["ci95"], strict=True)
+    matrix = ([name, *map(_with_interval, rates, intervals)] for name, rates, intervals in rows)
     ranks = [
         [name, number_text(of["win_rate"]), interval(of["win_rate_ci95"])]
         + [number_text(found["ranking"][kind]["models"][name]["win_rate"]) for kind in ("joint", "conditional")]
@@ -104,6 +105,10 @@ def _tournament(found: Mapping[str, Any] | None) -> list[str]:
         "Bradley-Terry ranking: the chance to beat another model, each on a random instruction.",
         table(["model", "wins, percent", "95 %", "joint alone", "equal instructions alone"], ranks),
     ]
+
+
+def _with_interval(rate: float | None, ends: list[float | None] | None) -> str:
+    return number_text(rate) if rate is None else f"{rate:.1f} ({interval(ends)})"
 
 
 def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
