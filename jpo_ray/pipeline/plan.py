@@ -136,10 +136,4 @@ def _assumed(config: RunConfig, counts: Counts) -> list[str]:
         found.append("not known: tokens; say so with plan.instruction_tokens and plan.response_tokens")
     if any(entry.max_batch_tokens for entry in config.train):
         found.append("steps: max_batch_tokens is left out of account")
-    if rounds := config.rounds:
-        found.append(
-            "rounds: pairs, judging, reference and training stand here once, on the data's own items; each of "
-            f"{rounds.count} rounds takes them, on {rounds.samples_per_instruction} samples of "
-            f"{rounds.instructions or 'all'} instructions"
-        )
     return found

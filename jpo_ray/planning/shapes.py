@@ -118,17 +118,12 @@ class ModelShapes:
 
 
 def model_folder(name: str) -> Path | None:
-    """The folder of a model that is on this machine, also in the Hub's cache; None where it is not. Of an adapter that
-    a run starts from, its base's.
-    """
+    """The folder of a model that is on this machine, also in the Hub's cache; None where it is not."""
     if name in (SANDBOX, TINY):  # `tiny` is made with the sandbox's shapes
         from jpo_ray.sandbox import BASE_MODEL
 
         return BASE_MODEL
     folder = Path(name).expanduser()
-    adapter = folder / "adapter_config.json"
-    if adapter.exists() and not (folder / "config.json").exists():
-        return model_folder(str(read_json(adapter).get("base_model_name_or_path") or ""))
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

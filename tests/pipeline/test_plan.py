@@ -15,7 +15,7 @@ from jpo_ray.pipeline.plan import make_plan
 from jpo_ray.planning.plan import Plan
 from jpo_ray.planning.show import WIDTH, plan_lines
 from pipeline.conftest import Finished
-from pipeline.inline import JPO, small_config
+from pipeline.inline import small_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "reference.yaml")  # which cannot run as it is
@@ -197,12 +197,3 @@ def test_a_title_and_every_part_are_shown() -> None:
     shown = list(plan_lines(make_plan(small_config()), "a config"))
     heads = [line.split()[0] for line in shown if line[:1].isupper() and line.split()[0].isupper()]
     assert heads == ["DATA", "JUDGING", "STAGE", "ASSUMED", "MISSING"]
-
-
-def test_rounds_and_adapters_are_planned_for_what_they_are(finished: Finished) -> None:
-    """An adapter has its base's shapes; one round's worth is counted, and the plan says so."""
-    adapter = {"model_name_or_path": str(finished.run_dir / "train" / "jpo"), "max_length": 256}
-    plan = make_plan(small_config(model=adapter, sft=None, train=[JPO], rounds=2))
-    assert plan.parameters == make_plan(small_config()).parameters
-    assert plan.missing == []
-    assert any(line.endswith("each of 2 rounds takes them, on 2 samples of all instructions") for line in plan.assumed)
