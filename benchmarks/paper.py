@@ -16,6 +16,7 @@ from pathlib import Path
 
 from miniature.claims import RESAMPLES, Found
 from miniature.document import write_document
+from miniature.figures import section_figure
 from rich.console import Console
 
 from jpo_ray.config_experiment import load_experiment
@@ -58,7 +59,9 @@ def main() -> None:
 
 
 def write_finished(run_dir: Path, out: Path, overrides: list[str]) -> None:
-    """The page from the experiments that have results below `run_dir`; needs those that the paper has numbers of."""
+    """Figures of the experiments that have results below `run_dir`; the page, where those that the paper has numbers of
+    are among them.
+    """
     found = {}
     for name in EXPERIMENTS:
         folder = run_dir / name
@@ -68,7 +71,11 @@ def write_finished(run_dir: Path, out: Path, overrides: list[str]) -> None:
         measured = measured_in(experiment, folder)
         found[name] = Found(measured, groups_of(measured, RESAMPLES, 0), _seconds(folder))
     if missing := [name for name in CLAIMS if name not in found]:
-        raise SystemExit(f"--finished: {run_dir} lacks the results of {', '.join(missing)}")
+        with output_folder(out):
+            made = [section_figure(name, of.groups, out) for name, of in found.items()]
+        print("\n".join(path for path in made if path))
+        print(f"no results.md: {run_dir} lacks the results of {', '.join(missing)}")
+        return
     write_document(found, run_dir / "objectives" / "run", out)
 
 

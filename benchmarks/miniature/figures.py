@@ -35,10 +35,20 @@ def section_figure(name: str, groups: Sequence[Group], out: Path) -> str | None:
         paper = [(float(size), rate, rate, rate) for size, rate in PAPER_SIZES]
         curves = {"here": sorted(sizes), TL_DR: paper}
         return _written(f"results-{name}", interval_chart(name, label, curves, "training comparisons", RATE), out)
-    titled = {" ".join([group.entry, *map(str, group.settings.values())]): group for group in groups}
-    rows = _rows(titled)
+    rows = _rows(_titled(groups))
     others = PAPER_PROTOCOLS if name == "protocols" else {}
     return _written(f"results-{name}", rate_rows(name, label, rows, others, RATE), out) if rows else None
+
+
+def _titled(groups: Sequence[Group]) -> dict[str, Group]:
+    """By what tells them apart; the SFT model, which is the same in all runs, once."""
+    entries = {group.entry for group in groups} - {"sft"}
+    found: dict[str, Group] = {}
+    for group in groups:
+        settings = ", ".join(f"{name} {value}" for name, value in group.settings.items())
+        named = group.entry if len(entries) > 1 or not settings else ""
+        found.setdefault("sft" if group.entry == "sft" else " ".join(filter(None, [named, settings])), group)
+    return found
 
 
 def _rows(groups: Mapping[str, Group]) -> dict[str, tuple[float, float, float]]:
