@@ -21,7 +21,13 @@ VLLM_MAX_SEQUENCES = 256
 VLLM_BATCH_TOKENS = 8192
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # On a machine without GPU: no memory beyond this for the key-value cache, no look-ups on the Hub.
-VLLM_CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+# Without the last one vLLM compiles its log-probs with gcc when they are first asked for: nobody is answered for 20 s.
+VLLM_CPU_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_COMPILE_DISABLE": "1",
+}
 
 
 def choose_engine(wanted: str) -> str:
