@@ -1,9 +1,15 @@
-"""Bodies that no server should take."""
+"""Bodies and adapters that no server should take."""
 
 import json
+import pickle
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
+from jpo_ray.serving.adapter_checks import ADAPTER_CONFIG, WEIGHTS
+
+PICKLE_RAN = Path("/tmp/jpo-pickle-was-run")
 USER = [{"role": "user", "content": "Hello."}]
 CHAT: dict[str, Any] = {"model": "sft", "messages": USER}
 COMPLETION: dict[str, Any] = {"model": "sft", "prompt": "Hello."}
@@ -76,4 +82,34 @@ def random_bodies(count: int, seed: int) -> list[bytes]:
             place = draw.randrange(len(content))
             content[place : place + draw.randint(0, 2)] = bytes(draw.randrange(256) for _ in range(draw.randint(0, 3)))
         made.append(bytes(content))
+    return made
+
+
+def hostile_bodies(count: int) -> list[tuple[str, bytes]]:
+    """So many bodies with the paths that they are sent to; a few of those with random changes are good."""
+    made = random_bodies(count - len(CHAT_BODIES) - len(COMPLETION_BODIES) - len(SCORE_BODIES), seed=0)
+    bodies = [("/v1/chat/completions", body) for body in CHAT_BODIES + made[::2]]
+    bodies += [("/v1/completions", body) for body in COMPLETION_BODIES + made[1::2]]
+    return bodies + [("/v1/score", body) for body in SCORE_BODIES]
+
+
+class Pickled:
+    """Weights that would run code where they are loaded as a pickle."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (PICKLE_RAN,))
+
+
+def pickled_adapters(good: Path, root: Path) -> list[Path]:
+    """Ten adapters whose weights are pickles, under all the names that weights may have."""
+    made = []
+    names = ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin", "adapter_model.pkl", "model.pth"]
+    for number in range(10):
+        folder = root / f"pickled{number}"
+        folder.mkdir(parents=True)
+        shutil.copyfile(good / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+        name = names[number] if number < len(names) else WEIGHTS
+        padding = b"" if number < 8 else (8).to_bytes(8, "little") + b"{}      "
+        (folder / name).write_bytes(padding + pickle.dumps(Pickled()))
+        made.append(folder)
     return made

@@ -1,0 +1,1 @@
+"""What `benchmarks/serving.py` starts, asks and breaks."""

@@ -1,0 +1,169 @@
+"""What breaks servers: overload, a killed replica, hostile requests, and an end while streams are open."""
+
+import asyncio
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import aiohttp
+import openai
+import psutil
+
+from served.load import NEW_TOKENS, body
+from served.run import ADAPTERS
+from served.servers import KEY, Server, session
+
+TESTS = Path(__file__).parents[2] / "tests"
+REPLICA = "ray::ServeReplica:jpo:FrontServer"
+STARTING = ".initialize"  # part of a process's title while the replica starts
+KILL_CLIENTS = 16
+
+
+async def overload(server: Server, seconds: float, most: int) -> str:
+    """Ten times as many clients as the server takes at once, each asking again at once when it is refused."""
+    served, refused, other = [], [], 0
+    ends = time.monotonic() + seconds
+
+    async def one_client(client: aiohttp.ClientSession, place: int) -> None:
+        nonlocal other
+        while time.monotonic() < ends:
+            began = time.monotonic()
+            async with client.post("/v1/completions", json=body("sft", place)) as reply:
+                status = reply.status
+                answer = await reply.json()
+            taken = time.monotonic() - began
+            if status == 200 and answer["usage"]["completion_tokens"] == NEW_TOKENS:
+                served.append(taken)
+            elif status == 429 and reply.headers["Retry-After"]:
+                refused.append(taken)
+                await asyncio.sleep(float(reply.headers["Retry-After"]))
+            else:
+                other += 1
+
+    async with session(server) as client:
+        await asyncio.gather(*(one_client(client, place) for place in range(10 * most)))
+        async with client.get("/ready") as reply:
+            alive = reply.status == 200
+    p99 = quantiles(refused, n=100)[98]
+    return (
+        f"overload: {10 * most} clients for {seconds:g} s at a server of {most}: {len(served)} served, "
+        f"{len(refused)} refused, {other} otherwise; refusals took {1000 * median(refused):.0f} ms (median), "
+        f"{1000 * p99:.0f} ms (99 %), {1000 * max(refused):.0f} ms (longest); alive after it: {alive}"
+    )
+
+
+async def kill(server: Server, seconds: float) -> str:
+    """One of two replicas is killed a third of the way through a load of clients with OpenAI's own two retries."""
+    done: list[float] = []
+    failed: list[str] = []
+    ends = time.monotonic() + seconds
+
+    async def one_client(client: openai.AsyncOpenAI, place: int) -> None:
+        while time.monotonic() < ends:
+            began = time.monotonic()
+            try:
+                reply = await client.completions.create(**body(("sft", *ADAPTERS)[place % 5], place))
+                assert reply.usage is not None
+                assert reply.usage.completion_tokens == NEW_TOKENS
+                done.append(time.monotonic() - began)
+            except (openai.OpenAIError, AssertionError) as error:
+                failed.append(repr(error))
+
+    async def kill_one() -> None:
+        await asyncio.sleep(seconds / 3)
+        replicas(server)[0].kill()
+
+    assert len(replicas(server)) == 2
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, timeout=120, max_retries=2) as client:
+        await asyncio.gather(kill_one(), *(one_client(client, place) for place in range(KILL_CLIENTS)))
+    began = time.monotonic() - seconds * 2 / 3
+    while len(replicas(server)) < 2 and time.monotonic() - began < 240:
+        await asyncio.sleep(0.5)
+    return (
+        f"replica killed under {KILL_CLIENTS} clients: {len(done)} answered (longest {max(done):.1f} s), {len(failed)} "
+        f"failed after the client's retries {failed[:2]}; {len(replicas(server))} replicas after "
+        f"{time.monotonic() - began:.0f} s"
+    )
+
+
+def replicas(server: Server) -> list[psutil.Process]:
+    """Those that have started."""
+    found = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        try:
+            if any(part.startswith(REPLICA) and STARTING not in part for part in process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+async def hostile(server: Server, store: Path) -> str:
+    """A thousand malformed bodies, traversals, pickled adapters and wrong keys: those of the tests."""
+    sys.path.insert(0, str(TESTS))  # before this folder, whose `serving` is another one
+    from serving.malformed import hostile_bodies, pickled_adapters
+    from serving.traversal import TRAVERSALS
+
+    pickled = pickled_adapters(next(store.glob("*")), store)
+    folders = [*TRAVERSALS, *(path.name for path in pickled)]
+    bodies = hostile_bodies(1000)
+    keyed = {"Content-Type": "application/json"}
+    async with session(server) as client:
+        by_body = [await status(client, path, headers=keyed, data=content) for path, content in bodies]
+        by_folder = [await status(client, "/v1/adapters", json={"name": "bad", "folder": folder}) for folder in folders]
+        wrong = [{**keyed, "Authorization": f"Bearer {key}"} for key in ("", KEY[:-1], KEY + "x", KEY.upper(), "null")]
+        by_key = [
+            await status(client, path, headers=headers, data=content)
+            for headers in wrong
+            for path, content in bodies[:20]
+        ]
+        async with client.get("/ready") as reply:
+            alive = reply.status == 200
+    for folder in pickled:
+        shutil.rmtree(folder)
+    shown = [str(dict(sorted(Counter(statuses).items()))) for statuses in (by_body, by_folder, by_key)]
+    return (
+        f"{len(bodies)} malformed bodies: {shown[0]} (200: random changes left it good); {len(TRAVERSALS)} traversals "
+        f"and {len(pickled)} pickled adapters: {shown[1]}; wrong keys: {shown[2]}; ready after it: {alive}"
+    )
+
+
+async def status(client: aiohttp.ClientSession, path: str, **options: Any) -> int:
+    async with client.post(path, **options) as reply:
+        await reply.read()
+        return reply.status
+
+
+async def drain(server: Server, streams: int = 16) -> str:
+    """SIGTERM while streams are open."""
+    whole = 0
+
+    async with session(server) as client:
+        opened = asyncio.Semaphore(0)
+
+        async def one(number: int) -> None:
+            nonlocal whole
+            fields = body("sft", number, stream=True, max_tokens=400)
+            async with client.post("/v1/completions", json=fields) as reply:
+                pieces = [await reply.content.readany()]
+                opened.release()
+                pieces.append(await reply.content.read())
+                whole += b"".join(pieces).rstrip().endswith(b"[DONE]")
+
+        tasks = [asyncio.create_task(one(number)) for number in range(streams)]
+        for _ in range(streams):
+            await opened.acquire()
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*tasks)
+        streaming = time.monotonic() - began
+    code = await asyncio.to_thread(server.process.wait, 120)
+    return (
+        f"SIGTERM with {streams} open streams: {whole} came whole, the last {streaming:.1f} s after the signal; the "
+        f"server ended after {time.monotonic() - began:.1f} s with code {code}"
+    )
