@@ -59,7 +59,14 @@ def test_both_answers_stream_side_by_side(page: Any, endpoint: Endpoint, expect:
     left, right = (page.locator(f"#answer-{side}").bounding_box() for side in "ab")
     assert left["x"] + left["width"] <= right["x"]
     assert left["y"] == right["y"]
-    expect(page.locator("#verdict")).to_contain_text("jpo prefers the left answer with probability", timeout=30_000)
+    answers = [
+        {"instruction": instruction, "response": page.locator(f"#answer-{side}").text_content()} for side in "ab"
+    ]
+    body = {"model": "jpo", "pairs": [{"a": answers[0], "b": answers[1]}]}
+    reply = httpx.post(f"{endpoint.url}/v1/compare", json=body, headers=BEARER, timeout=60).json()
+    sft = reply["data"][0]["probability"]
+    verdict = f"jpo prefers the answer of {'sft' if sft >= 0.5 else 'jpo'} ({round(100 * max(sft, 1 - sft))} %)"
+    expect(page.locator("#verdict")).to_contain_text(verdict, timeout=30_000)
     page.screenshot(path=str(pictures / "serve.png"))
 
 

@@ -74,16 +74,19 @@ async function answer(side, question, signal) {
 // Which answer each aligned model of the two prefers, by its implicit reward.
 async function judge(instruction, answers) {
   const verdicts = [];
-  for (const name of new Set(sides.map((side) => side.model.value))) {
+  const names = sides.map((side) => side.model.value);
+  const owners = names[0] === names[1] ? ["the first answer", "the second answer"] : names.map((name) => `the answer of ${name}`);
+  for (const name of new Set(names)) {
     const [a, b] = answers.map((response) => ({ instruction, response }));
     const reply = await call("v1/compare", { model: name, pairs: [{ a, b }] }).catch(() => null);
     const comparison = reply && (await reply.json()).data[0];
     if (comparison && comparison.beta > 0) {
-      const share = Math.round(100 * comparison.probability);
-      verdicts.push(`${name} prefers the left answer with probability ${share} %`);
+      const first = comparison.probability;
+      const share = Math.round(100 * Math.max(first, 1 - first));
+      verdicts.push(`By its implicit reward, ${name} prefers ${owners[first >= 0.5 ? 0 : 1]} (${share} %).`);
     }
   }
-  byId("verdict").textContent = verdicts.join("; ");
+  byId("verdict").textContent = verdicts.join(" ");
 }
 
 async function ask(event) {
