@@ -42,10 +42,11 @@ class ServeConfig(Section):
     run_dir: str | None = None  # run whose SFT model, adapters and full models are served
     models: list[Name] | None = None  # which of them; default: all (`sft` is the SFT model)
     adapters: dict[Name, str] = {}  # more adapters of the same base: name -> folder
+    whole_models: dict[Name, str] = {}  # merged or fully trained models of the same tokenizer: name -> folder
     adapter_folders: list[str] = []  # whence a running server may add adapters, besides the run's own
     state_dir: str | None = None  # the server's copies of adapters, and their list; default: RUN_DIR/serving
     max_adapters: Count = 8  # at a time
-    max_lora_rank: Count = 16  # of adapters to come; those that are there at start may raise it
+    max_lora_rank: Count = 8  # of adapters to come; those that are there at start may raise it; on CPUs it costs speed
 
     host: str = "127.0.0.1"  # of the HTTP proxies; any other than a loopback address needs keys
     port: Port = 8000
@@ -75,8 +76,11 @@ class ServeConfig(Section):
             raise ValueError("allowed_origins: name the origins; `*` would let every web page call")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below replicas {self.replicas}")
-        if "sft" in self.adapters:
-            raise ValueError("adapters: the name `sft` is the SFT model's; choose another")
+        for key, names in (("adapters", self.adapters), ("whole_models", self.whole_models)):
+            if "sft" in names:
+                raise ValueError(f"{key}: the name `sft` is the SFT model's; choose another")
+        if both := self.adapters.keys() & self.whole_models.keys():
+            raise ValueError(f"whole_models: there is an adapter `{min(both)}` too; choose another name")
         return self
 
     @property

@@ -52,17 +52,12 @@ def check_base(folder: Path, base: Path, key: str, cache: Path | None = None) ->
     Weights decide where they can be compared, else names; and then the shapes, which are read without loading either.
     """
     config = _config_of(folder, key)
-    if (folder / BASE_RECORD).exists():
-        record = read_json(folder / BASE_RECORD)
-        own, differs = str(record["model"]), record["weights"] != weights_hash(base, cache)
-        mend = "use the base that it was trained on, or train it again on this one"
-    else:
-        own = str(config.get("base_model_name_or_path") or "")
-        differs = bool(own) and not _same_model(own, base, cache)
-        mend = (
-            f"where both are the same model, write this one's folder as base_model_name_or_path into {folder / CONFIG}"
-        )
+    own, differs = compare_bases(folder, base, cache)
     if differs:
+        mend = "use the base that it was trained on, or train it again on this one"
+        if not (folder / BASE_RECORD).exists():
+            own_name = f"base_model_name_or_path into {folder / CONFIG}"
+            mend = f"where both are the same model, write this one's folder as {own_name}"
         not_this = "as it was then, and its weights are others now" if own == str(base) else f"and not on {base}"
         raise InputError(f"{key}: {folder} was trained on {own}, {not_this}; {mend}")
     misfits = list(_misfits(folder, base, None if config.get("rank_pattern") else config.get("r")))
@@ -70,6 +65,15 @@ def check_base(folder: Path, base: Path, key: str, cache: Path | None = None) ->
         more = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
         of_base = f", whose base is {own}," if own and own != str(base) else ""
         raise InputError(f"{key}: {folder}{of_base} does not fit {base}: {misfits[0]}{more}")
+
+
+def compare_bases(folder: Path, base: Path, cache: Path | None = None) -> tuple[str, bool]:
+    """The name of the base that an adapter was trained on ("" where it says none), and whether that is not `base`."""
+    if (folder / BASE_RECORD).exists():
+        record = read_json(folder / BASE_RECORD)
+        return str(record["model"]), record["weights"] != weights_hash(base, cache)
+    own = str(read_json(folder / CONFIG).get("base_model_name_or_path") or "")
+    return own, bool(own) and not _same_model(own, base, cache)
 
 
 def _config_of(folder: Path, key: str) -> dict[str, Any]:

@@ -36,21 +36,21 @@ def base_shapes(folder: Path) -> Shapes:
 
 def check_adapter(folder: Path, base: Shapes, max_rank: int) -> int:
     """The rank of the LoRA adapter in `folder`. Raises `AdapterError` for anything else, pickled weights above all."""
-    config, weights = folder / ADAPTER_CONFIG, folder / WEIGHTS
+    config, weights, name = folder / ADAPTER_CONFIG, folder / WEIGHTS, folder.name[:64]
     if not config.is_file():
-        raise AdapterError(f"{folder.name}: holds no {ADAPTER_CONFIG}")
+        raise AdapterError(f"{name}: holds no {ADAPTER_CONFIG}")
     if not weights.is_file():
-        raise AdapterError(f"{folder.name}: holds no {WEIGHTS}; pickled weights are not loaded")
+        raise AdapterError(f"{name}: holds no {WEIGHTS}; pickled weights are not loaded")
     if config.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{folder.name}: {ADAPTER_CONFIG} is larger than {MAX_CONFIG_BYTES} bytes")
-    rank, transposed = _check_config(config, folder.name)
+        raise AdapterError(f"{name}: {ADAPTER_CONFIG} is larger than {MAX_CONFIG_BYTES} bytes")
+    rank, transposed = _check_config(config, name)
     if rank > max_rank:
-        raise AdapterError(f"{folder.name}: rank {rank}, and max_lora_rank is {max_rank}")
+        raise AdapterError(f"{name}: rank {rank}, and max_lora_rank is {max_rank}")
     try:
         shapes = _shapes(weights)
     except Exception as error:  # the format's own error is not an OSError, and headers may be anything
-        raise AdapterError(f"{folder.name}: {WEIGHTS} is not in the safetensors format") from error
-    _check_shapes(shapes, base, rank, folder.name, transposed=transposed)
+        raise AdapterError(f"{name}: {WEIGHTS} is not in the safetensors format") from error
+    _check_shapes(shapes, base, rank, name, transposed=transposed)
     return rank
 
 
@@ -62,7 +62,7 @@ def _check_config(path: Path, name: str) -> tuple[int, bool]:
         rank, kind = fields["r"], fields["peft_type"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise no_lora from error
-    if kind != "LORA" or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if kind != "LORA" or not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**16:
         raise no_lora
     for key in REFUSED:
         if fields.get(key):

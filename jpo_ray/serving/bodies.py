@@ -13,7 +13,7 @@ from jpo_ray.config_serve import Limits
 from jpo_ray.data.formats import instruction_of
 
 MAX_MESSAGES = 256
-MAX_ECHO = 200  # characters of the input that an error repeats at most
+MAX_ECHO = 60  # characters of a field's name or value that an error repeats: it has the name twice, the value once
 INT64 = 2**63
 
 
@@ -73,7 +73,7 @@ class Sampling(Body):
     """What chat and plain completions share."""
 
     model: Annotated[Text, Field(max_length=64)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
@@ -81,7 +81,7 @@ class Sampling(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stream: bool = False
@@ -113,7 +113,7 @@ class Sampling(Body):
 
 class ChatBody(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: PlainFormat | None = None
@@ -198,12 +198,19 @@ def read_body(kind: type[Read], content: bytes) -> Read:
         raise BodyError("the body is nested too deeply") from None
     if first["type"] == "json_invalid":
         raise BodyError("the body is not valid JSON", status=400)
-    where = ".".join(str(part) for part in first["loc"]) or None
+    where = _field(first["loc"], extra=first["type"] == "extra_forbidden")
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]
-    shown = f" (got {repr(given)[:60]})" if isinstance(given, str | int | float | bool) else ""
-    text = f"{shorten(where)}: {message}{shown}" if where else message
-    raise BodyError(shorten(text, 2 * MAX_ECHO), shorten(where) if where else None)
+    shown = f" (got {shorten(repr(given))})" if isinstance(given, str | int | float | bool) else ""
+    raise BodyError(shorten(f"{where}: {message}{shown}" if where else message, 400), where)
+
+
+def _field(location: tuple[str | int, ...], *, extra: bool) -> str | None:
+    """A field as its sender wrote it: pydantic also names the alternatives of a type that it tried."""
+    named = [part for part in location if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    if extra and named[-1:] != [location[-1]]:
+        named.append(location[-1])
+    return shorten(".".join(map(str, named))) or None
 
 
 def shorten(text: str, most: int = MAX_ECHO) -> str:

@@ -90,8 +90,8 @@ class Catalogue:
             await asyncio.to_thread(self._store.add, entry)
         finally:
             await self._loaded.forget()  # it stays where it is on the list now
-        base = self._plan.engines[0].folder
-        return adapter_warnings(name, Path(entry.source), Path(base), self._plan.dtype)
+        base = Path(self._plan.engines[0].folder)
+        return await asyncio.to_thread(adapter_warnings, name, Path(entry.source), base, self._plan.dtype)
 
     async def remove_adapter(self, name: str) -> None:
         """Take an adapter off all replicas; answers under way are finished. Raises `AdapterError`."""

@@ -19,6 +19,7 @@ def build(args: dict[str, Any]) -> Any:
         config = config.model_copy(update={"host": "0.0.0.0"})
     keys_required = not config.loopback or bool(read_keys(config))
     plan = make_plan(config, keys_required=keys_required)
-    from jpo_ray.serving.application import build_application, cores_for_each
+    from jpo_ray.serving.application import build_application
+    from jpo_ray.serving.replicas import cores_for_each
 
     return build_application(plan, config, cores_for_each(config))

@@ -4,6 +4,8 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
+from jpo_ray.serving.bodies import shorten
+
 INPUT_ERRORS = (400, 404, 422)
 INTERNAL = "the engine failed"
 
@@ -64,4 +66,5 @@ class RemoteEngine:
 def _error(error: Any) -> EngineError:
     """The engine's own words where the request was at fault, and none of its internals where it was not."""
     status = int(error.code)
-    return EngineError(str(error.message)[:400], status) if status in INPUT_ERRORS else EngineError(INTERNAL, 500)
+    message = shorten(str(error.message), 200) if status in INPUT_ERRORS else INTERNAL
+    return EngineError(message, status if status in INPUT_ERRORS else 500)

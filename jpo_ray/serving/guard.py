@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from jpo_ray.config_serve import LOOPBACK, ServeConfig
+from jpo_ray.config_serve import KEYS_VARIABLE, LOOPBACK, ServeConfig
 from jpo_ray.serving.keys import Keys
 from jpo_ray.serving.telemetry import Telemetry
 
@@ -26,6 +26,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health", "/ready")
+KEYED = "/v1/adapters"  # not without a key, even where the rest needs none
 DIALOG = b'Basic realm="jpo serve", charset="UTF-8"'  # browsers ask for a password then: the key
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 LOGGER = logging.getLogger("ray.serve")  # which writes JSON lines where Serve's logs are
@@ -113,6 +114,8 @@ class Guard:
         if not self._keys:
             if not _from_here(scope, headers):
                 return Refusal(403, "this server has no API keys and answers this machine alone")
+            if scope["path"].startswith(KEYED):
+                return Refusal(403, f"adapters are changed with an API key only; start the server with {KEYS_VARIABLE}")
         elif not self._keys.opened_by(headers.get(b"authorization", b"")):
             return Refusal(401, "an API key is needed", ((b"www-authenticate", DIALOG),))
         if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jpo_ray.artifacts import Manifest
+from jpo_ray.cache import cache_folder
 from jpo_ray.config import BaseModelConfig, TrainConfig
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.data.tokens import Layout
@@ -19,7 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as it lies somewhere."""
+    """An adapter, or a whole model, as it lies somewhere."""
 
     name: str
     folder: Path
@@ -49,21 +49,42 @@ def find_models(config: ServeConfig) -> Offer:
     model = _model_section(run, trained)
     base = _base_folder(run, [*manifests, *trained])
     found = [_entry(run, name, manifest) for name, manifest in manifests.items()]
-    more = [
-        Adapter(name, Path(folder).expanduser(), beta_beside(Path(folder))) for name, folder in config.adapters.items()
-    ]
-    if taken := {entry.name for entry in found} & {entry.name for entry in more}:
-        raise InputError(f"adapters.{min(taken)}: the run has a model of that name; choose another")
-    adapters = [entry for entry in found if is_adapter(entry.folder)] + more
+    for key, names in (("adapters", config.adapters), ("whole_models", config.whole_models)):
+        if taken := {entry.name for entry in found} & set(names):
+            raise InputError(f"{key}.{min(taken)}: the run has a model of that name; choose another")
+    elsewhere = {name: Path(folder).expanduser() for name, folder in config.adapters.items()}
+    more = [Adapter(name, folder, beta_beside(folder)) for name, folder in elsewhere.items()]
     return Offer(
         base=base.resolve(),
         layout=Layout(model.template, model.response_prefix, model.max_length),
         dtype=model.dtype,
-        adapters=adapters,
-        full=[entry for entry in found if not is_adapter(entry.folder)],
-        warnings=_of_run(run, manifests, model.dtype)
+        adapters=[entry for entry in found if is_adapter(entry.folder)] + more,
+        full=[entry for entry in found if not is_adapter(entry.folder)] + _whole_models(config, base),
+        warnings=_of_run(run, manifests, base, model.dtype)
         + [warning for entry in more for warning in adapter_warnings(entry.name, entry.folder, base, model.dtype)],
     )
+
+
+def _whole_models(config: ServeConfig, base: Path) -> list[Adapter]:
+    """Raises `InputError` for one whose tokens are not those of the SFT model: prompts are tokenized once for all."""
+    from jpo_ray.engine.model import resolve_model
+
+    found = []
+    for name, given in config.whole_models.items():
+        key = f"whole_models.{name}"
+        folder = resolve_model(given, key)
+        if (folder / "tokenizer_config.json").exists() and _tokens_of(folder) != _tokens_of(base):
+            raise InputError(f"{key}: {folder} has another tokenizer than {base}, and all models share one")
+        found.append(Adapter(name, folder, beta_beside(folder)))
+    return found
+
+
+def _tokens_of(folder: Path) -> tuple[dict[str, int], int | None, int | None]:
+    """The vocabulary of a model's tokenizer, BOS and EOS."""
+    from jpo_ray.engine.model import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    return tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
 def is_adapter(folder: Path) -> bool:
@@ -80,35 +101,48 @@ def beta_beside(folder: Path) -> float | None:
 
 
 def adapter_warnings(name: str, folder: Path, base: Path, dtype: str) -> list[str]:
-    """What is odd about an adapter from elsewhere: another base than its own, or one that was quantised."""
+    """What is odd about an adapter: another base than its own, or one that was quantised. Reads weights to compare."""
+    from jpo_ray.engine.adapters import BASE_RECORD, compare_bases
+
     found = []
     try:
-        own = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
-    except (OSError, ValueError, AttributeError):
-        own = ""
-    if own and Path(own).resolve() != base.resolve():
-        found.append(f"{name} was trained on another base ({own}) than the one that it is served on ({base})")
+        own, differs = compare_bases(folder, base, cache_folder())
+        if differs:
+            found.append(f"{name} was trained on another base ({own[:200]}) than the one that it is served on ({base})")
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        found.append(f"{name}: what base it was trained on cannot be told from its folder")
+    if _in_4bit(folder / BASE_RECORD) or _in_4bit(folder / "manifest.json", "config", "model"):
+        found.append(_quantised(name, dtype))
+    return found
+
+
+def _in_4bit(file: Path, *keys: str) -> bool:
     try:
-        model = read_json(folder / "manifest.json")["config"]["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        model = {}
-    return found + _quantised(name, model, dtype)
+        record = read_json(file)
+        for key in keys:
+            record = record[key]
+        return bool(record.get("load_in_4bit"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
-def _quantised(name: str, model: Any, dtype: str) -> list[str]:
-    if not isinstance(model, dict) or not model.get("load_in_4bit"):
-        return []
-    return [f"{name} was trained on a 4-bit base and is served on one in {dtype}: its answers differ a little"]
+def _quantised(name: str, dtype: str) -> str:
+    return f"{name} was trained on a 4-bit base and is served on one in {dtype}: its answers differ a little"
 
 
-def _of_run(run: RunDir, manifests: dict[str, Manifest], dtype: str) -> list[str]:
-    """The same of the run's own models."""
+def _of_run(run: RunDir, manifests: dict[str, Manifest], base: Path, dtype: str) -> list[str]:
+    """The same of the run's own models, whose manifests say it."""
     sft = run.manifest("sft")
     found = []
     for name, manifest in manifests.items():
+        folder = run.path(f"train/{name}")
+        if sft is None and is_adapter(folder):
+            found += adapter_warnings(name, folder, base, dtype)
+            continue
         if sft is not None and manifest.inputs.get("sft") != sft.fingerprint:
             found.append(f"{name} was trained on another SFT model than the one that stands in the run now")
-        found += _quantised(name, manifest.config.get("model"), dtype)
+        if (manifest.config.get("model") or {}).get("load_in_4bit"):
+            found.append(_quantised(name, dtype))
     return found
 
 
@@ -141,12 +175,16 @@ def _model_section(run: RunDir, trained: dict[str, Manifest]) -> BaseModelConfig
 
 def _base_folder(run: RunDir, trained: Iterable[str]) -> Path:
     """The SFT model's folder; where the run has none, the base that its adapters name."""
+    from jpo_ray.engine.model import resolve_model
+
     if run.manifest("sft") is not None:
         return run.path("sft")
     for name in trained:
         config = run.path(f"train/{name}") / ADAPTER_CONFIG
         if config.exists():
-            return Path(str(read_json(config)["base_model_name_or_path"]))
+            return resolve_model(
+                str(read_json(config)["base_model_name_or_path"]), f"{config}: base_model_name_or_path"
+            )
     raise InputError(f"{run.root}: neither an `sft` model nor an adapter that names its base; run `jpo sft` first")
 
 

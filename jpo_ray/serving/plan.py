@@ -54,10 +54,11 @@ def make_plan(config: ServeConfig, *, keys_required: bool) -> Plan:
     require_vllm("serve")
     offer = find_models(config)
     engines = [EnginePlan(BASE, str(offer.base), None, takes_adapters=True)]
-    engines += [EnginePlan(entry.name, str(entry.folder), entry.beta, takes_adapters=False) for entry in offer.full]
+    beta = config.scoring.beta if config.scoring else 0.1
+    for entry in offer.full:
+        engines.append(EnginePlan(entry.name, str(entry.folder.resolve()), entry.beta or beta, takes_adapters=False))
     max_model_len = _max_model_len(config, offer)
     state = Path(config.state_dir or Path(config.run_dir or ".") / "serving").expanduser().resolve()
-    beta = config.scoring.beta if config.scoring else 0.1
     shapes = base_shapes(offer.base)
     store = AdapterStore(state, shapes, max_adapters=config.max_adapters, max_rank=VLLM_LORA_RANKS[-1], beta=beta)
     try:
@@ -88,6 +89,7 @@ def engine_options(plan: Plan, config: ServeConfig, engine: EnginePlan) -> dict[
     gpu = config.gpus_per_replica > 0
     options: dict[str, Any] = {
         "dtype": plan.dtype,
+        "tokenizer": plan.base,  # of all models; a merged one may have come without
         "max_model_len": plan.max_model_len,
         "enforce_eager": not gpu,
         "tensor_parallel_size": config.tensor_parallel_size,
@@ -126,9 +128,9 @@ def _max_model_len(config: ServeConfig, offer: Offer) -> int:
 
     from jpo_ray.engine.model import resolve_model
 
-    for folder in (offer.base, *(entry.folder for entry in offer.full)):
-        resolve_model(str(folder), "serve")
-    most = getattr(AutoConfig.from_pretrained(offer.base).get_text_config(), "max_position_embeddings", None)
+    folders = [resolve_model(str(folder), "serve") for folder in (offer.base, *(entry.folder for entry in offer.full))]
+    texts = [AutoConfig.from_pretrained(folder).get_text_config() for folder in folders]
+    most = min((n for text in texts if (n := getattr(text, "max_position_embeddings", None))), default=None)
     if config.max_model_len is not None:
         if most and config.max_model_len > most:
             raise InputError(f"max_model_len: {config.max_model_len}, and the model takes {most}")

@@ -12,16 +12,21 @@ class Prompts:
     def __init__(self, tokenizer: Any, layout: Layout, max_model_len: int) -> None:
         self._tokenizer, self._layout, self._max_model_len = tokenizer, layout, max_model_len
         self._vocabulary = len(tokenizer)
+        self._most_characters = max_model_len * max(map(len, tokenizer.get_vocab()))
 
     def of_chat(self, body: ChatBody) -> list[int]:
         """Ids of a conversation under the training template. Raises `BodyError` where it is too long."""
-        ids = prompt_ids(self._tokenizer, self._layout, [body.instruction()])[0]
+        instruction = body.instruction()
+        self._require_short(instruction, "messages")
+        ids = prompt_ids(self._tokenizer, self._layout, [instruction])[0]
         self._require_room(ids, "messages")
         return ids
 
     def of_completion(self, body: CompletionBody) -> list[list[int]]:
         """Ids of each prompt as it stands, after BOS. Raises `BodyError` where one is too long or no token."""
         prompts = body.prompts()
+        for prompt in prompts:
+            self._require_short(prompt, "prompt")
         ids = [raw_ids(self._tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt for prompt in prompts]
         for row in ids:
             if max(row, default=0) >= self._vocabulary:
@@ -35,6 +40,14 @@ class Prompts:
         if wanted and asked > left:
             raise BodyError(f"max_tokens: {asked}, and after this prompt the model takes {left}", "max_tokens")
         return min(asked, left)
+
+    def _require_short(self, prompt: str | list[int], field: str) -> None:
+        """Raise `BodyError` for what is too long whatever its tokens are: tokenizing a megabyte takes a second."""
+        most = self._most_characters if isinstance(prompt, str) else self._max_model_len
+        if len(prompt) > most:
+            unit = "characters" if isinstance(prompt, str) else "tokens"
+            takes = f"the model takes fewer than {self._max_model_len} tokens"
+            raise BodyError(f"{field}: {len(prompt)} {unit}, and {takes}", field)
 
     def _require_room(self, ids: list[int], field: str) -> None:
         if len(ids) >= self._max_model_len:

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.applications import Starlette
@@ -39,6 +39,9 @@ from jpo_ray.serving.telemetry import Telemetry
 PAGE = Path(__file__).parent / "page"
 PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'"
 Events = AsyncGenerator[str, None]
+LONG_BODY = 10_000  # bytes; tokenizing fewer takes less than a change of threads costs under load
+Asked = TypeVar("Asked")
+Ids = TypeVar("Ids")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -91,7 +94,7 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         body = read_body(ChatBody, await request.body())
         fields = body.engine_fields(self._config.limits)
-        ids = self._prompts.of_chat(body)
+        ids = await _tokenized(self._prompts.of_chat, body, len(await request.body()))
         fields["max_tokens"] = self._prompts.room([ids], fields["max_tokens"], wanted=body.answer_tokens() is not None)
         fields["messages"] = [{"role": "user", "content": ""}]  # the ids below are what is read
         fields["kv_transfer_params"] = {"prompt_token_ids": ids}
@@ -108,7 +111,7 @@ class Routes:
         if len(prompts) * (body.n or 1) > most:
             raise BodyError(f"prompt: {len(prompts)} prompts of {body.n or 1} answers, at most {most} in all", "prompt")
         fields = body.engine_fields(self._config.limits)
-        ids = await asyncio.to_thread(self._prompts.of_completion, body)
+        ids = await _tokenized(self._prompts.of_completion, body, len(await request.body()))
         fields["max_tokens"] = self._prompts.room(ids, fields["max_tokens"], wanted=body.max_tokens is not None)
         fields["prompt"] = ids if len(ids) > 1 else ids[0]
         if body.stream:
@@ -170,6 +173,11 @@ class Routes:
         return StreamingResponse(body(), media_type="text/event-stream")
 
 
+async def _tokenized(tokenize: Callable[[Asked], Ids], body: Asked, size: int) -> Ids:
+    """What `tokenize` makes of a body of so many bytes; a long one must not hold up the streams of others."""
+    return await asyncio.to_thread(tokenize, body) if size > LONG_BODY else tokenize(body)
+
+
 async def _again(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     yield first
     async for event in rest:
@@ -190,7 +198,7 @@ def _answered(handler: Handler) -> Handler:
         except (AdapterError, EngineError) as error:
             return _error(str(error), error.status)
         except UnknownModel as error:
-            return _error(f"there is no model `{shorten(str(error), 64)}`; GET /v1/models lists them", 404, "model")
+            return _error(f"there is no model `{shorten(str(error))}`; GET /v1/models lists them", 404, "model")
         except BackPressureError:
             return _error("too many requests are under way; try again", 429, headers={"retry-after": "1"})
         except DeploymentUnavailableError:
@@ -212,7 +220,7 @@ def _file(path: Path, kind: str) -> Handler:
 async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 500)
     allow = getattr(error, "headers", None) or {}
-    message = {404: "there is nothing here", 405: f"not by {request.method}"}.get(status, "failed")
+    message = {404: "there is nothing here", 405: f"not by {shorten(request.method)}"}.get(status, "failed")
     return _error(message, status, headers=allow)
 
 

@@ -27,6 +27,7 @@ def serve_run(config: ServeConfig, console: Console) -> None:
     for warning in plan.warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     local = config.address is None and not os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray gives way to all else on the machine otherwise
     direct = local and config.direct and config.replicas == (config.max_replicas or 1) == 1
     if direct:
         os.environ |= _direct_environment(port)
@@ -62,7 +63,7 @@ def _direct_environment(port: int) -> dict[str, str]:
 
 def _require_room(ray: Any, plan: Plan, config: ServeConfig) -> None:
     from jpo_ray.cluster.session import require_resources
-    from jpo_ray.serving.application import bundles
+    from jpo_ray.serving.replicas import bundles
 
     require_resources(ray, "serve", bundles(plan, config), "lower replicas, cpus_per_replica or gpus_per_replica")
 
@@ -70,7 +71,8 @@ def _require_room(ray: Any, plan: Plan, config: ServeConfig) -> None:
 def _start(plan: Plan, config: ServeConfig, port: int) -> None:
     from ray import serve
 
-    from jpo_ray.serving.application import APPLICATION, build_application, cores_for_each
+    from jpo_ray.serving.application import APPLICATION, build_application
+    from jpo_ray.serving.replicas import cores_for_each
 
     serve.start(http_options={"host": config.host, "port": port, "location": "EveryNode"})
     application = build_application(plan, config, cores_for_each(config))

@@ -12,6 +12,10 @@ from serving.served_run import make_adapter, make_run
 STORE = "store"
 
 
+def store_of(run_dir: Path) -> Path:
+    return run_dir.parent / STORE
+
+
 @pytest.fixture(scope="session")
 def served_run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:  # noqa: ARG001
     """`sft`, `jpo` and `dpo.one`; beside the run a folder of adapters that may be added."""
@@ -26,7 +30,7 @@ def served_run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Pa
 def endpoint(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
-    folders = f"adapter_folders=['{served_run.parent / STORE}']"
+    folders = f"adapter_folders=['{store_of(served_run)}']"
     options = (folders, "max_adapters=4", "limits.max_requests=48", "limits.max_tokens=64")
     with serving(served_run, tmp_path_factory.mktemp("endpoint"), *options) as started:
         yield started

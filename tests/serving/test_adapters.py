@@ -1,7 +1,6 @@
 """Adapters are checked and copied; a running server takes and gives them up."""
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,36 +8,15 @@ from typing import Any
 import openai
 import pytest
 
+from jpo_ray.engine.adapters import record_base
 from jpo_ray.serving.adapter_checks import WEIGHTS, AdapterError, Shapes, base_shapes, check_adapter
 from jpo_ray.serving.adapters import ADAPTER_CONFIG, AdapterStore
 from jpo_ray.serving.models import Adapter
+from serving.conftest import STORE, store_of
 from serving.endpoint import Endpoint
+from serving.malformed import PICKLE_RAN, pickled_adapters
 from serving.served_run import make_adapter
 from serving.traversal import TRAVERSALS
-
-STORE = "store"
-
-
-class Pickled:
-    """Weights that would run code where they are loaded as a pickle."""
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (Path("/tmp/jpo-pickle-was-run"),))
-
-
-def pickled_adapters(good: Path, root: Path) -> list[Path]:
-    """Ten adapters whose weights are pickles, under all the names that weights may have."""
-    made = []
-    names = ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin", "adapter_model.pkl", "model.pth"]
-    for number in range(10):
-        folder = root / f"pickled{number}"
-        folder.mkdir(parents=True)
-        shutil.copyfile(good / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
-        name = names[number] if number < len(names) else WEIGHTS
-        padding = b"" if number < 8 else (8).to_bytes(8, "little") + b"{}      "
-        (folder / name).write_bytes(padding + pickle.dumps(Pickled()))
-        made.append(folder)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +100,7 @@ def test_pickles_are_not_weights(good: Path, shapes: Shapes, tmp_path: Path) -> 
     for folder in pickled_adapters(good, tmp_path):
         with pytest.raises(AdapterError, match=r"pickled weights are not loaded|not in the safetensors format"):
             check_adapter(folder, shapes, 8)
-    assert not Path("/tmp/jpo-pickle-was-run").exists()
+    assert not PICKLE_RAN.exists()
 
 
 @pytest.mark.parametrize(
@@ -182,7 +160,13 @@ def test_adapters_come_and_go_on_a_running_server(endpoint: Endpoint) -> None:
         assert score["score"] != 0
         assert http.post("/v1/adapters", json={"name": "new", "folder": "other"}).status_code == 409
         assert http.post("/v1/adapters", json={"name": "sft", "folder": "other"}).status_code == 409
-        assert http.post("/v1/adapters", json={"name": "full", "folder": "other"}).status_code == 201
+        record_base(store_of(endpoint.run_dir) / "fourth", Path("/elsewhere"), "0123456789abcdef", load_in_4bit=True)
+        odd = http.post("/v1/adapters", json={"name": "full", "folder": "fourth"})
+        assert odd.status_code == 201
+        assert [warning.split(" and ")[0].split(" (")[0] for warning in odd.json()["warnings"]] == [
+            "full was trained on another base",
+            "full was trained on a 4-bit base",
+        ]
         assert http.post("/v1/adapters", json={"name": "more", "folder": "third"}).status_code == 409
         assert http.delete("/v1/adapters/full").json() == {"id": "full", "object": "model", "deleted": True}
         assert http.delete("/v1/adapters/full").status_code == 404
@@ -199,7 +183,7 @@ def test_adapters_come_and_go_on_a_running_server(endpoint: Endpoint) -> None:
 @pytest.mark.ray
 @pytest.mark.vllm
 def test_adapters_that_are_none_are_refused_by_a_running_server(endpoint: Endpoint) -> None:
-    store = endpoint.run_dir.parent / STORE
+    store = store_of(endpoint.run_dir)
     pickled = pickled_adapters(store / "extra", store / "bad")
     wrong = shutil.copytree(store / "extra", store / "bad" / "wrong_shape")
     config = json.loads((wrong / ADAPTER_CONFIG).read_text())
@@ -211,4 +195,4 @@ def test_adapters_that_are_none_are_refused_by_a_running_server(endpoint: Endpoi
         for name in ("..", "a/b", "%2e%2e", "..%2f..%2fetc"):
             assert http.delete(f"/v1/adapters/{name}").status_code in (401, 404, 405)
         assert {card["id"] for card in http.get("/v1/models").json()["data"]} == {"sft", "jpo", "dpo.one"}
-    assert not Path("/tmp/jpo-pickle-was-run").exists()
+    assert not PICKLE_RAN.exists()

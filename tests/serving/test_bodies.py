@@ -16,6 +16,7 @@ from jpo_ray.serving.bodies import (
     ScoreBody,
     read_body,
 )
+from jpo_ray.serving.guard import error_body
 from serving.malformed import CHAT_BODIES, COMPLETION_BODIES, SCORE_BODIES
 
 LIMITS = Limits(max_tokens=100, max_n=4)
@@ -99,10 +100,48 @@ def test_malformed_bodies_are_refused_in_one_short_line(kind: type[Body], conten
     assert "\n" not in str(error.value)
 
 
-def test_an_error_repeats_little_of_its_input() -> None:
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatBody, ASKED | {"x" * 5000: "x" * 5000}),
+        (ChatBody, ASKED | {"messages": [{"role": "x" * 5000, "content": "y"}]}),
+        (ChatBody, ASKED | {"messages": [{"role": "user", "content": "y", "x" * 5000: "x" * 5000}]}),
+        (ChatBody, ASKED | {"model": "x" * 5000}),
+        (CompletionBody, {"model": "jpo", "prompt": [{"x" * 5000: "x" * 5000}]}),
+        (AdapterBody, {"name": "x" * 5000, "folder": "x" * 5000}),
+        (ScoreBody, {"model": "jpo", "items": [{"instruction": "x" * 5000}]}),
+    ],
+)
+def test_an_error_repeats_at_most_200_characters_of_its_input(kind: type[Body], body: dict[str, Any]) -> None:
     with pytest.raises(BodyError) as error:
-        chat(messages=[{"role": "x" * 5000, "content": "y"}])
-    assert "x" * 100 not in str(error.value)
+        read_body(kind, json.dumps(body).encode())
+    told = error_body(str(error.value), error.value.status, error.value.param).decode()
+    assert told.count("x") <= 200
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(("digits", "status"), [(30, 422), (4000, 422), (5000, 400)])
+def test_numbers_of_many_digits_are_not_repeated(digits: int, status: int) -> None:
+    content = json.dumps(ASKED | {"max_tokens": 1}).replace("1}", "9" * digits + "}")
     with pytest.raises(BodyError) as error:
-        chat(**{"k" * 5000: 1})
-    assert "k" * 201 not in str(error.value)
+        read_body(ChatBody, content.encode()).engine_fields(LIMITS)
+    assert error.value.status == status
+    assert str(error.value).count("9") <= 80
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"stop": [5]}, "stop"),
+        ({"stop": {"a": 1}}, "stop"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x", "str": 1}]}, "messages.0.str"),
+        ({"best-of": 2}, "best-of"),
+    ],
+)
+def test_the_field_is_named_as_its_sender_wrote_it(body: dict[str, Any], field: str) -> None:
+    with pytest.raises(BodyError) as error:
+        chat(**body)
+    assert error.value.param is not None
+    assert error.value.param == field
+    assert str(error.value).startswith(f"{field}: ")

@@ -102,6 +102,14 @@ def test_without_keys_only_this_machine_is_answered() -> None:
     assert asked(open_guard, headers={"host": "rebound.example:8000"}).status_code == 403
 
 
+def test_adapters_are_never_changed_without_a_key() -> None:
+    for method, path in (("POST", "/v1/adapters"), ("DELETE", "/v1/adapters/x")):
+        refused = asked(guarded(keys=[]), path, method, headers=JSON, content=b"{}")
+        assert refused.status_code == 403
+        assert "adapters are changed with an API key only" in refused.json()["error"]["message"]
+        assert asked(guarded(), path, method, headers=JSON | BEARER, content=b"{}").status_code == 200
+
+
 def test_bodies_are_limited_declared_or_not() -> None:
     guard = guarded(limits=Limits(max_body_bytes=1000))
     headers = JSON | BEARER

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from jpo_ray.config_serve import ServeConfig, load_serve_config
+from jpo_ray.engine.adapters import record_base
+from jpo_ray.engine.model import weights_hash
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json, write_json
 from jpo_ray.serving.keys import KEYS_VARIABLE, read_keys, require_keys
@@ -80,9 +82,44 @@ def test_odd_models_are_warned_of(run: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_an_adapter_belongs_to_weights_wherever_they_lie(run: Path, tmp_path: Path) -> None:
+    """The record that training leaves beside an adapter decides, not the path that peft writes into it."""
+    elsewhere = shutil.copytree(run / "train" / "jpo", tmp_path / "elsewhere")
+    (elsewhere / "manifest.json").unlink()
+    config = read_json(elsewhere / "adapter_config.json")
+    write_json(elsewhere / "adapter_config.json", config | {"base_model_name_or_path": "/moved/run/sft"})
+
+    def warned() -> list[str]:
+        return offered(run, adapters={"mine": str(elsewhere)}).warnings
+
+    assert len(warned()) == 1
+    record_base(elsewhere, Path("/moved/run/sft"), weights_hash(run / "sft"), load_in_4bit=False)
+    assert warned() == []
+    record_base(elsewhere, Path("/moved/run/sft"), weights_hash(run / "sft"), load_in_4bit=True)
+    assert warned() == ["mine was trained on a 4-bit base and is served on one in float32: its answers differ a little"]
+    record_base(elsewhere, run / "sft", "0123456789abcdef", load_in_4bit=False)  # trained again in place
+    assert [warning.split(" (")[0] for warning in warned()] == ["mine was trained on another base"]
+    write_json(elsewhere / "base_model.json", {"model": 1})
+    assert warned() == ["mine: what base it was trained on cannot be told from its folder"]
+
+
+def test_whole_models_from_elsewhere(run: Path, llama: Path, gpt2: Path, tmp_path: Path) -> None:
+    merged = shutil.copytree(llama, tmp_path / "merged")
+    [entry] = offered(run, whole_models={"merged": str(merged)}).full
+    assert (entry.name, entry.folder, entry.beta) == ("merged", merged, None)
+    for file in merged.glob("tokenizer*"):
+        file.unlink()
+    assert [entry.name for entry in offered(run, whole_models={"merged": str(merged)}).full] == ["merged"]
+    with pytest.raises(InputError, match=r"whole_models.other: .* has another tokenizer than"):
+        offered(run, whole_models={"other": str(gpt2)})
+    with pytest.raises(InputError, match=r"whole_models.gone: .*: no such folder"):
+        offered(run, whole_models={"gone": str(tmp_path / "gone")})
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"whole_models": {"jpo": "x"}}, r"whole_models.jpo: the run has a model of that name"),
         ({"models": ["gone"]}, r"models: .* has no model `gone`; there are sft, dpo.one, jpo"),
         ({"adapters": {"jpo": "x"}}, r"adapters.jpo: the run has a model of that name"),
     ],
@@ -111,6 +148,7 @@ def test_runs_that_are_none(tmp_path: Path) -> None:
         ("max_replicas=0", "`max_replicas`"),
         ("adapters={sft: x}", "the name `sft` is the SFT model's"),
         ("adapters={../x: x}", "`adapters"),
+        ("whole_models={sft: x}", "the name `sft` is the SFT model's"),
         ("replicas=true", "replicas takes no true or false"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +11,78 @@ import openai
 import psutil
 import pytest
 
-from serving.conftest import STORE
+from serving.conftest import store_of
 from serving.endpoint import BEARER, KEY, Endpoint, serving
-from serving.malformed import CHAT_BODIES, COMPLETION_BODIES, SCORE_BODIES, random_bodies
-from serving.test_adapters import pickled_adapters
+from serving.malformed import hostile_bodies, pickled_adapters
 from serving.traversal import TRAVERSALS
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
 JSON = BEARER | {"content-type": "application/json"}
 REPLICA = "ray::ServeReplica:jpo:FrontServer"
+STARTING = ".initialize"  # part of a process's title while the replica starts
 LOAD_S = 40
+SCALING_S = 240
 
 
 @pytest.fixture(scope="module")
 def two_replicas(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """A server of one replica that load has made two of."""
     folder = tmp_path_factory.mktemp("two")
-    folders = f"adapter_folders=['{served_run.parent / STORE}']"
-    options = ("replicas=2", f"state_dir={folder / 'state'}", folders, "scoring=null")
+    folders = f"adapter_folders=['{store_of(served_run)}']"
+    options = ("max_replicas=2", "target_requests=4", f"state_dir={folder / 'state'}", folders, "scoring=null")
     with serving(served_run, folder, *options) as started:
+        assert len(replicas(started)) == 1
+        done, failed = asyncio.run(load_until_there_are_two(started))
+        assert (len(replicas(started)), failed) == (2, [])
+        assert done > 100
         yield started
 
 
+async def load_until_there_are_two(endpoint: Endpoint) -> tuple[int, list[Exception]]:
+    grown = asyncio.Event()
+
+    async def watch() -> None:
+        while len(await asyncio.to_thread(replicas, endpoint)) < 2:
+            await asyncio.sleep(1)
+        grown.set()
+
+    watching = asyncio.create_task(watch())
+    found = await load(endpoint, lambda: not grown.is_set(), SCALING_S)
+    watching.cancel()
+    return found
+
+
 def replicas(endpoint: Endpoint) -> list[psutil.Process]:
+    """Those that have started."""
     processes = psutil.Process(endpoint.process.pid).children(recursive=True)
     return [process for process in processes if process.name().startswith(REPLICA[:15]) and named(process)]
 
 
 def named(process: psutil.Process) -> bool:
     try:
-        return any(part.startswith(REPLICA) for part in process.cmdline())
+        return any(part.startswith(REPLICA) and STARTING not in part for part in process.cmdline())
     except psutil.NoSuchProcess:
         return False
+
+
+async def load(endpoint: Endpoint, more: Callable[[], bool], seconds: float) -> tuple[int, list[Exception]]:
+    """Answers given to sixteen clients while there is to be `more`, and errors that OpenAI's retries did not mend."""
+    done, failed = 0, []
+    ends = time.monotonic() + seconds
+
+    async def one_client(client: openai.AsyncOpenAI, place: int) -> None:
+        nonlocal done
+        while time.monotonic() < ends and more():
+            try:
+                await ask(client, ("sft", "jpo", "dpo.one")[place % 3], place)
+                done += 1
+            except openai.OpenAIError as error:
+                failed.append(error)
+
+    async with openai.AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key=KEY, timeout=60) as client:
+        await asyncio.gather(*(one_client(client, place) for place in range(16)))
+    return done, failed
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, number: int) -> str:
@@ -66,35 +106,27 @@ def test_an_adapter_is_there_on_all_replicas_at_once(two_replicas: Endpoint) -> 
         assert all(isinstance(answer, openai.NotFoundError) for answer in asyncio.run(ask_all()))
 
 
+def test_load_adds_a_replica(two_replicas: Endpoint) -> None:
+    assert len(replicas(two_replicas)) == 2
+
+
 def test_no_request_is_lost_when_a_replica_is_killed(two_replicas: Endpoint) -> None:
     """Sixteen clients with OpenAI's own retries; after five seconds one of two replicas dies. Both serve in the end."""
 
     async def scenario() -> tuple[int, list[Exception]]:
-        done, failed = 0, []
-        ends = time.monotonic() + LOAD_S
-
-        async def one_client(client: openai.AsyncOpenAI, place: int) -> None:
-            nonlocal done
-            while time.monotonic() < ends:
-                try:
-                    await ask(client, ("sft", "jpo", "dpo.one")[place % 3], place)
-                    done += 1
-                except openai.OpenAIError as error:
-                    failed.append(error)
-
         async def kill() -> None:
             await asyncio.sleep(5)
             replicas(two_replicas)[0].kill()
 
-        async with openai.AsyncOpenAI(base_url=f"{two_replicas.url}/v1", api_key=KEY, timeout=60) as client:
-            await asyncio.gather(kill(), *(one_client(client, place) for place in range(16)))
-        return done, failed
+        killing = asyncio.create_task(kill())
+        found = await load(two_replicas, lambda: True, LOAD_S)
+        await killing
+        return found
 
-    assert len(replicas(two_replicas)) == 2
     done, failed = asyncio.run(scenario())
     assert failed == []
     assert done > 100
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + SCALING_S
     while len(replicas(two_replicas)) < 2 and time.monotonic() < deadline:
         time.sleep(1)
     assert len(replicas(two_replicas)) == 2
@@ -102,12 +134,9 @@ def test_no_request_is_lost_when_a_replica_is_killed(two_replicas: Endpoint) -> 
 
 def test_nothing_malformed_is_let_in_or_the_servers_fault(two_replicas: Endpoint) -> None:
     """A thousand bodies, fifty traversals, ten pickles and wrong keys: all 4xx."""
-    store = two_replicas.run_dir.parent / STORE
+    store = store_of(two_replicas.run_dir)
     pickled = pickled_adapters(store / "extra", store / "bad_too")
-    made = random_bodies(1000 - len(CHAT_BODIES) - len(COMPLETION_BODIES) - len(SCORE_BODIES), seed=0)
-    bodies = [("/v1/chat/completions", body) for body in CHAT_BODIES + made[::2]]
-    bodies += [("/v1/completions", body) for body in COMPLETION_BODIES + made[1::2]]
-    bodies += [("/v1/score", body) for body in SCORE_BODIES]
+    bodies = hostile_bodies(1000)
     assert len(bodies) == 1000
     with two_replicas.http(headers=JSON) as http:
         statuses = [(http.post(path, content=body).status_code, path, body) for path, body in bodies]
