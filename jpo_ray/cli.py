@@ -139,9 +139,13 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         import json
 
-        print(json.dumps(plan.as_dict(), indent=2))
+        text = json.dumps(plan.as_dict(), indent=2)
     else:
-        print("\n".join(plan_lines(plan, str(arguments.config))))
+        text = "\n".join(plan_lines(plan, str(arguments.config)))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads has read enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 OWN_COMMANDS = {

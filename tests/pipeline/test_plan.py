@@ -193,6 +193,16 @@ def test_it_loads_neither_torch_nor_ray() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_reader_may_stop_early() -> None:
+    """As `jpo plan ... | head -1` does."""
+    command = (
+        f"{sys.executable} -m jpo_ray.cli plan --config {CONFIGS / 'sandbox.yaml'} items.train.0.limit=40 | head -1"
+    )
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("Plan of")
+
+
 def test_a_title_and_every_part_are_shown() -> None:
     shown = list(plan_lines(make_plan(small_config()), "a config"))
     heads = [line.split()[0] for line in shown if line[:1].isupper() and line.split()[0].isupper()]
