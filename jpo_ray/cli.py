@@ -5,13 +5,14 @@ Heavy packages are imported by the command that needs them, so that `jpo --help`
 
 import argparse
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
 
 from jpo_ray.cli_parser import ADD_FILES, build_parser
 from jpo_ray.errors import InputError
+from jpo_ray.runs import run_root
+from jpo_ray.store import is_uri
 
 ERROR_LOG = "error.log"
 
@@ -31,10 +32,6 @@ def run_command(arguments: argparse.Namespace) -> None:
 
     path = _demo_config() if arguments.command == "demo" else arguments.config
     config = load_config(path, arguments.overrides)
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(arguments.run_dir)):
-        raise InputError(
-            f"--run-dir {arguments.run_dir}: object stores are not supported yet; name a folder that all nodes see"
-        )
     from jpo_ray.pipeline import STAGES, dry_run_judge, run_stages
 
     if arguments.command == "judge" and arguments.dry_run:
@@ -43,7 +40,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     stages = list(STAGES) if arguments.command in ("run", "demo") else [arguments.command]
     run_stages(config, arguments.run_dir, stages)
     if arguments.command in ("run", "demo"):
-        (arguments.run_dir / ERROR_LOG).unlink(missing_ok=True)  # of an attempt that this one made good
+        (run_root(arguments.run_dir) / ERROR_LOG).unlink(missing_ok=True)  # of an attempt that this one made good
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
@@ -52,8 +49,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from jpo_ray.pipeline.analyze import analyze
 
     source = arguments.run_dir or arguments.pairs
-    if arguments.out is None and arguments.run_dir is None:
-        raise InputError("analyze: --pairs needs --out, a folder for the page")
+    if arguments.out is None and (arguments.run_dir is None or is_uri(source)):
+        raise InputError("analyze: --pairs and a run on an object store need --out, a folder for the page")
     out = arguments.out or arguments.run_dir / "analysis"
     analyze(source, arguments.judgments, out, arguments.people, arguments.list, Console())
 
@@ -112,6 +109,8 @@ def _scale(arguments: argparse.Namespace) -> None:
     from jpo_ray.config_experiment import load_experiment
     from jpo_ray.pipeline.scale import scale
 
+    if is_uri(arguments.run_dir):
+        raise InputError(f"--run-dir {arguments.run_dir}: `jpo scale` needs a folder; object stores take single runs")
     experiment = load_experiment(arguments.experiment, arguments.overrides)
     scale(experiment, arguments.run_dir, arguments.experiment.stem, Console())
 
@@ -270,10 +269,11 @@ def _add_rest(parser: argparse.ArgumentParser, arguments: argparse.Namespace, re
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
 
-def _failed(error: Exception, run_dir: Path | None) -> int:
+def _failed(error: Exception, where: Path | str | None) -> int:
     """One line for people, the traceback into the run directory for whoever mends it."""
     reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
     print(f"jpo: failed: {type(error).__name__}: {reason[:400]}", file=sys.stderr)
+    run_dir = None if where is None else run_root(where)
     if run_dir is None or not run_dir.is_dir() or os.environ.get("JPO_DEBUG"):
         traceback.print_exception(error)
     else:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from jpo_ray import __version__
+from jpo_ray.store import location
 
 STAGE_HELP = {
     "items": "read the data into items",
@@ -43,21 +44,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_annotate(commands.add_parser("annotate", help="a web page on which people compare"))
     serve = commands.add_parser("serve", help="an OpenAI-compatible endpoint for a run's models")
-    serve.add_argument("--run-dir", type=Path, help="folder of a run that has trained models")
+    serve.add_argument("--run-dir", type=location, help="folder of a run that has trained models")
     serve.add_argument("--config", type=Path, help="YAML file; see configs/serve/")
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="override any key: port=8001, replicas=2")
     _add_export(commands.add_parser("export", help="a model of a run as a folder to use elsewhere, or to publish"))
     scaling = commands.add_parser("scale", help="an experiment: runs over a grid, with curves and tables")
     scaling.add_argument("--experiment", type=Path, required=True, help="YAML file; see configs/experiments/")
-    scaling.add_argument("--run-dir", type=Path, required=True, help="folder of the experiment's runs")
+    scaling.add_argument("--run-dir", type=location, required=True, help="folder of the experiment's runs")
     scaling.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of all runs")
     alpaca = commands.add_parser("alpaca-eval", help="files for AlpacaEval, and win rates from its annotations")
     alpaca.add_argument("action", choices=("export", "import"))
     alpaca.add_argument("annotations", nargs="*", type=Path, metavar="FILE", help="import: its annotations.json files")
-    alpaca.add_argument("--run-dir", type=Path, required=True, help="folder of a run that has samples")
+    alpaca.add_argument("--run-dir", type=location, required=True, help="folder of a run that has samples")
     alpaca.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
     demo = commands.add_parser("demo", help="the whole pipeline on the embedded sandbox, a few minutes on two cores")
-    demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--run-dir", type=location, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument("overrides", nargs="*", metavar="section.key=value")
     sandbox = commands.add_parser("sandbox", help="the embedded world").add_subparsers(
         dest="action", required=True, metavar="ACTION"
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
     of = parser.add_mutually_exclusive_group(required=True)
-    of.add_argument("--run-dir", type=Path, help="folder of a run that is judged")
+    of.add_argument("--run-dir", type=location, help="folder of a run that is judged")
     of.add_argument("--pairs", type=Path, metavar="FILE", help="comparisons, as for `jpo judge` and `jpo annotate`")
     parser.add_argument(
         "--judgments", type=Path, nargs="+", default=[], metavar="FILE", help="judgments.parquet of people or judges"
@@ -93,7 +94,7 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
 def _add_annotate(parser: argparse.ArgumentParser) -> None:
     of = parser.add_mutually_exclusive_group()
     of.add_argument("--pairs", type=Path, metavar="FILE", help="comparisons: DOVE's raw formats, or preferences")
-    of.add_argument("--run-dir", type=Path, help="folder of a run that has pairs")
+    of.add_argument("--run-dir", type=location, help="folder of a run that has pairs")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the answers; gone on with")
     parser.add_argument("--annotators", nargs="+", default=[], metavar="NAME", help="each gets a link of their own")
     parser.add_argument("--per-comparison", type=int, metavar="K", help="people for each (default: as before, else 2)")
@@ -129,7 +130,7 @@ def _add_evaluate_files(files: "argparse._ArgumentGroup") -> None:
 
 
 def _add_report_files(files: "argparse._ArgumentGroup") -> None:
-    files.add_argument("--compare", type=Path, nargs=2, metavar="RUN_DIR", help="two reported runs beside each other")
+    files.add_argument("--compare", type=location, nargs=2, metavar="RUN_DIR", help="two reported runs to compare")
     files.add_argument("--out", type=Path, metavar="DIR", help="folder for their comparison")
 
 
@@ -138,5 +139,10 @@ ADD_FILES = {"judge": _add_judge_files, "evaluate": _add_evaluate_files, "report
 
 def _add_run(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument("--config", type=Path, required=required, help="YAML file; see configs/")
-    parser.add_argument("--run-dir", type=Path, required=required, help="folder of the run's artifacts")
+    parser.add_argument(
+        "--run-dir",
+        type=location,
+        required=required,
+        help="folder of the run's artifacts, or its URI on an object store (s3://BUCKET/PATH)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the config")

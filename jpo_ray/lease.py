@@ -1,7 +1,8 @@
 """The lease of a run directory: one run at a time, and a dead run's hold ends.
 
 The holder touches its file every few seconds. A lease whose process is gone, or that has been silent too long, is taken
-over; a holder that wakes up late (a suspended machine) finds that out and stops.
+over; a holder that wakes up late (a suspended machine) finds that out and stops. `store_lease.py` has the same for
+object stores.
 """
 
 import fcntl
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jpo_ray.errors import InputError
 
@@ -24,29 +25,43 @@ HEARTBEAT_S = 5.0
 INTERRUPT = signal.SIGUSR1  # to the main thread; a run in the background may ignore Ctrl-C's signal
 
 
+class Lease(Protocol):
+    """What one run at a time holds; `name` is what people know it by."""
+
+    name: str
+
+    def acquire(self) -> None:
+        """Take it. Raises `InputError` where a living run has it."""
+        ...
+
+    def beat(self) -> bool:
+        """Say that the holder lives; False where another run has taken the lease over."""
+        ...
+
+    def release(self) -> None:
+        """Give it back, if it still is the holder's."""
+        ...
+
+
 @contextmanager
-def hold_lease(path: Path) -> Iterator[None]:
-    """Hold the lease file `path` until the block ends.
+def hold_lease(lease: Lease) -> Iterator[None]:
+    """Hold a lease until the block ends.
 
     Raises `InputError` where another living run holds it, or took it over meanwhile: that interrupts the block as
     Ctrl-C does.
     """
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
-    _acquire(path, owner)
+    lease.acquire()
     stop, lost = threading.Event(), threading.Event()
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(INTERRUPT, _interrupt) if in_main else None
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_S):
-            with _alone(path.parent):
-                if _holder(path).get("token") == owner["token"]:
-                    os.utime(path)
-                    continue
-            lost.set()
-            if in_main:
-                os.kill(os.getpid(), INTERRUPT)
-            return
+            if not lease.beat():
+                lost.set()
+                if in_main:
+                    os.kill(os.getpid(), INTERRUPT)
+                return
 
     thread = threading.Thread(target=beat, daemon=True, name="lease-heartbeat")
     thread.start()
@@ -55,7 +70,7 @@ def hold_lease(path: Path) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         if lost.is_set():
             raise InputError(
-                f"{path.parent}: another run took it over while this one was silent for more than "
+                f"{lease.name}: another run took it over while this one was silent for more than "
                 f"{LEASE_EXPIRES_S:.0f} s (a suspended machine?); this one has stopped"
             ) from interrupt
         raise
@@ -64,26 +79,64 @@ def hold_lease(path: Path) -> Iterator[None]:
         thread.join()
         if handler is not None:  # None: not the main thread, or a handler that Python cannot put back
             signal.signal(INTERRUPT, handler)
-        with _alone(path.parent):
-            if _holder(path).get("token") == owner["token"]:
-                path.unlink(missing_ok=True)
+        lease.release()
+
+
+def in_use(name: str, holder: dict[str, Any]) -> InputError:
+    return InputError(
+        f"{name}: in use by another run (process {holder.get('pid')} on {holder.get('host')}); wait for it, "
+        f"stop it, or use another --run-dir (a dead run's hold ends after {LEASE_EXPIRES_S:.0f} s)"
+    )
+
+
+def this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
+
+
+def is_dead(holder: dict[str, Any], silent_s: float) -> bool:
+    """Whether a holder's process on this machine is gone, or it has been silent too long."""
+    here = holder.get("host") == socket.gethostname()
+    return (here and not _alive(int(holder.get("pid", 0)))) or silent_s > LEASE_EXPIRES_S
+
+
+class FileLease:
+    """A lease file in a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._owner = path, this_process()
+        self.name = str(path.parent)
+
+    def acquire(self) -> None:
+        path = self._path
+        staged = path.with_name(f".lease-{self._owner['token']}")
+        staged.write_text(json.dumps(self._owner))
+        try:
+            with _alone(path.parent):
+                _remove_if_dead(path)
+                os.link(staged, path)  # atomic, and fails where a lease stands; its content is complete from the start
+        except FileExistsError as error:
+            raise InputError(f"{path.parent}: taken by another run at the same moment; try again") from error
+        finally:
+            staged.unlink()
+
+    def beat(self) -> bool:
+        with _alone(self._path.parent):
+            held = self._is_mine()
+            if held:
+                os.utime(self._path)
+        return held
+
+    def release(self) -> None:
+        with _alone(self._path.parent):
+            if self._is_mine():
+                self._path.unlink(missing_ok=True)
+
+    def _is_mine(self) -> bool:
+        return bool(_holder(self._path).get("token") == self._owner["token"])
 
 
 def _interrupt(_number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _acquire(path: Path, owner: dict[str, Any]) -> None:
-    staged = path.with_name(f".lease-{owner['token']}")
-    staged.write_text(json.dumps(owner))
-    try:
-        with _alone(path.parent):
-            _remove_if_dead(path)
-            os.link(staged, path)  # atomic, and fails where a lease stands; its content is complete from the start
-    except FileExistsError as error:
-        raise InputError(f"{path.parent}: taken by another run at the same moment; try again") from error
-    finally:
-        staged.unlink()
 
 
 @contextmanager
@@ -105,15 +158,9 @@ def _remove_if_dead(path: Path) -> None:
     except FileNotFoundError:
         return
     holder = _holder(path)
-    here = holder.get("host") == socket.gethostname()
-    gone = here and not _alive(int(holder.get("pid", 0)))
-    if gone or silent_s > LEASE_EXPIRES_S:
-        path.unlink(missing_ok=True)
-        return
-    raise InputError(
-        f"{path.parent}: in use by another run (process {holder.get('pid')} on {holder.get('host')}); wait for it, "
-        f"stop it, or use another --run-dir (a dead run's hold ends after {LEASE_EXPIRES_S:.0f} s)"
-    )
+    if not is_dead(holder, silent_s):
+        raise in_use(str(path.parent), holder)
+    path.unlink(missing_ok=True)
 
 
 def _holder(path: Path) -> dict[str, Any]:

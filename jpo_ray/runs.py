@@ -3,9 +3,14 @@
 An artifact is a folder whose `manifest.json` is written last. It is built aside, under `.building/`, and renamed into
 place, so a reader never meets half of one. Its fingerprint hashes what it was made from (the config slice, the
 fingerprints of its inputs); a stage whose fingerprint stands already is skipped, any other is built again.
+
+A run directory may be a URI of an object store. What happens then happens in a working copy on this machine, artifacts
+are copied to the store as they are finished, and what stands is what stands there.
 """
 
+import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -14,46 +19,83 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.artifacts import FINGERPRINT_DIGITS, FORMAT, Manifest, package_versions, stage_fingerprint
+from jpo_ray.artifacts import (
+    FINGERPRINT_DIGITS,
+    FORMAT,
+    Manifest,
+    of_other_format,
+    package_versions,
+    stage_fingerprint,
+)
 from jpo_ray.errors import InputError
 from jpo_ray.files import file_hashes, read_json, write_json
-from jpo_ray.lease import hold_lease
+from jpo_ray.lease import FileLease, hold_lease
+from jpo_ray.store import Store, is_uri
+from jpo_ray.store_lease import CLAIMS, StoreLease
+from jpo_ray.stored import (
+    commit_artifact,
+    fetch_artifact,
+    make_working_copy,
+    open_store,
+    stored_artifact,
+    working_copy,
+)
+
+MARKER = "run.json"
 
 
 class RunDir:
-    """A run directory. Open it with `open_run`, which takes the lease.
+    """A run directory: a folder, or a URI (text). Open it with `open_run`, which takes the lease.
 
     What stands in one of the run directories `others`, with the same fingerprint, is taken over instead of made.
+    Raises `InputError` where a URI's store cannot be reached.
     """
 
-    def __init__(self, root: Path, others: Sequence[Path] = ()) -> None:
-        self.root = root
+    def __init__(self, where: Path | str, others: Sequence[Path | str] = ()) -> None:
+        self.where = where
+        self.root = run_root(where)
+        self._store: Store | None = None
+        if is_uri(where):
+            self._store = open_store(str(where))
+            make_working_copy(str(where), self.root)
         self._others = [RunDir(other) for other in others]
 
+    def absolute(self) -> Path | str:
+        """Where it is, for a process that works elsewhere."""
+        return self.where if isinstance(self.where, str) else self.where.resolve()
+
     def path(self, artifact: str) -> Path:
-        """Folder of an artifact such as `items` or `train/jpo`."""
+        """Folder of an artifact such as `items` or `train/jpo`; of one on a store it is fetched first."""
+        if self._store is not None:
+            fetch_artifact(self._store, artifact, self.root)
         return self.root / artifact
 
     def manifest(self, artifact: str) -> Manifest | None:
         """The artifact's manifest, or None where the artifact does not (fully) exist."""
+        if self._store is not None:
+            found = stored_artifact(self._store, artifact)
+            return None if found is None else found.manifest
         path = self.path(artifact) / "manifest.json"
         try:
             fields = read_json(path)
         except (FileNotFoundError, ValueError):
             return None
         if fields.get("format") != FORMAT:
-            raise InputError(
-                f"{path}: written by another version of jpo-ray (format {fields.get('format')}, this one reads "
-                f"{FORMAT}); use a new --run-dir"
-            )
+            raise of_other_format(path, fields.get("format"))
         manifest = Manifest(**fields)
         return manifest if all((path.parent / name).exists() for name in manifest.files) else None
+
+    def trained(self) -> list[str]:
+        """Names of what stands, or stood half, below `train/`."""
+        if self._store is not None:
+            return sorted({name.split("/")[0] for name in self._store.names("train")})
+        return sorted(path.name for path in (self.root / "train").glob("*") if path.is_dir())
 
     def require(self, artifact: str, stage: str) -> Manifest:
         """The manifest of an artifact that must exist. Raises `InputError` naming the stage that makes it."""
         manifest = self.manifest(artifact)
         if manifest is None:
-            raise InputError(f"{self.root}: no `{artifact}` yet; run `jpo {stage}` first (or `jpo run` for all of it)")
+            raise InputError(f"{self.where}: no `{artifact}` yet; run `jpo {stage}` first (or `jpo run` for all of it)")
         return manifest
 
     def build(
@@ -79,10 +121,11 @@ class RunDir:
         for left in self._unfinished(artifact):
             if left != building or not keep_partial:
                 shutil.rmtree(left, ignore_errors=True)  # a training beside this one may delete it too
+        self._forget_partial(artifact, building.name if keep_partial else None)
         building.mkdir(parents=True, exist_ok=True)
         (building / "manifest.json").unlink(missing_ok=True)  # of a build that ended just before it was renamed
         if (taken := self._taken_over(artifact, fingerprint, building)) is not None:
-            self._replace(artifact, building)
+            self._replace(artifact, building, taken)
             return taken, False
         started = time.monotonic()
         try:
@@ -102,7 +145,7 @@ class RunDir:
             seconds=round(time.monotonic() - started, 3),
         )
         write_json(building / "manifest.json", manifest.__dict__)
-        self._replace(artifact, building)
+        self._replace(artifact, building, manifest)
         return manifest, True
 
     def _taken_over(self, artifact: str, fingerprint: str, building: Path) -> Manifest | None:
@@ -122,8 +165,20 @@ class RunDir:
         found = [*building.glob(f"{name}-{'[0-9a-f]' * FINGERPRINT_DIGITS}"), *building.glob("old-*")]
         return [path for path in found if path.is_dir()]
 
-    def _replace(self, artifact: str, built: Path) -> None:
-        target = self.path(artifact)
+    def _forget_partial(self, artifact: str, keep: str | None = None) -> None:
+        """Delete what interrupted builds of the artifact (trainings) left in the store."""
+        if self._store is None:
+            return
+        name = re.compile(rf"{re.escape(artifact.replace('/', '-'))}-[0-9a-f]{{{FINGERPRINT_DIGITS}}}")
+        for left in {path.split("/")[0] for path in self._store.names(".building")} - {keep}:
+            if name.fullmatch(left):
+                self._store.delete(f".building/{left}")
+
+    def _replace(self, artifact: str, built: Path, manifest: Manifest) -> None:
+        if self._store is not None:
+            commit_artifact(self._store, artifact, built, manifest)
+            self._forget_partial(artifact)
+        target = self.root / artifact
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             old = self.root / ".building" / f"old-{secrets.token_hex(4)}"
@@ -141,36 +196,52 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def run_root(where: Path | str) -> Path:
+    """The folder of a run directory; of a URI that of its working copy."""
+    return working_copy("runs", where) if isinstance(where, str) and is_uri(where) else Path(where)
+
+
 @contextmanager
-def open_run(root: Path, others: Sequence[Path] = ()) -> Iterator[RunDir]:
+def open_run(where: Path | str, others: Sequence[Path | str] = ()) -> Iterator[RunDir]:
     """Open (or create) a run directory and hold its lease until the block ends.
 
     Raises `InputError` where another run holds it, or where another version of jpo-ray wrote it.
     """
+    if isinstance(where, str) and is_uri(where):
+        store = open_store(where)
+        _check_marker(where, store.read(MARKER), (name for name in store.top() if name != CLAIMS))
+        with hold_lease(StoreLease(store)):
+            store.write(MARKER, json.dumps({"format": FORMAT}).encode())
+            yield RunDir(where, others)
+        return
+    root = Path(where)
     if root.exists() and not root.is_dir():
         raise InputError(f"--run-dir {root}: is a file; name a folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--run-dir {root}: cannot be made ({error.strerror})") from error
-    marker = root / "run.json"
-    if marker.exists():
-        found = _format_of(marker)
-        if found != FORMAT:
-            raise InputError(
-                f"--run-dir {root}: written by another version of jpo-ray (format {found}, this one reads {FORMAT}); "
-                "use a new folder"
-            )
-    elif any(not entry.name.startswith(("lease.json", ".lease-", ".run.json")) for entry in root.iterdir()):
-        raise InputError(f"--run-dir {root}: holds files that are not a run's; name an empty or new folder")
-    with hold_lease(root / "lease.json"):
+    marker = root / MARKER
+    entries = (entry.name for entry in root.iterdir())
+    own = ("lease.json", ".lease-", ".run.json")
+    _check_marker(
+        root, marker.read_bytes() if marker.exists() else None, (name for name in entries if not name.startswith(own))
+    )
+    with hold_lease(FileLease(root / "lease.json")):
         if not marker.exists():
             write_json(marker, {"format": FORMAT})
         yield RunDir(root, others)
 
 
-def _format_of(marker: Path) -> Any:
+def _check_marker(where: Path | str, marker: bytes | None, others: Iterator[str]) -> None:
+    """Raise `InputError` for a folder that holds another version's run, or (`others`) no run but something else."""
+    if marker is None:
+        if next(others, None) is not None:
+            raise InputError(f"--run-dir {where}: holds files that are not a run's; name an empty or new folder")
+        return
     try:
-        return read_json(marker).get("format")
+        found = json.loads(marker).get("format")
     except (ValueError, AttributeError):  # another program's run.json
-        return None
+        found = None
+    if found != FORMAT:
+        raise of_other_format(f"--run-dir {where}", found)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import s3
 
 if TYPE_CHECKING:
     from engine.tiny import World
@@ -29,6 +31,20 @@ ARGUMENTS = [
 def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference cache of a test is never that of whoever runs it."""
     monkeypatch.setenv("JPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_account_of_the_user() -> None:
+    """Object stores of tests are never asked with the keys of whoever runs them."""
+    os.environ |= s3.ACCOUNT
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[s3.S3]:
+    """A real S3 server on this machine."""
+    server = s3.start_s3()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -361,21 +361,3 @@ def test_overrides_may_stand_between_flags(config: Path, tmp_path: Path) -> None
     with pytest.raises(SystemExit) as stopped:
         main(["items", "--config", str(config), "--run-dir", str(tmp_path / "run"), "--sed=1"])
     assert stopped.value.code == 2
-
-
-def test_object_stores_are_refused_rather_than_made_into_folders(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = sorted(path.name for path in tmp_path.iterdir())
-    assert main(["items", "--config", str(config), "--run-dir", "s3://bucket/run"]) == 2
-    assert "--run-dir s3:/bucket/run: object stores are not supported yet" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-def test_a_cache_on_an_object_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jpo_ray.cache import cache_folder
-
-    monkeypatch.setenv("JPO_CACHE", "s3://bucket/cache")
-    with pytest.raises(InputError, match=r"JPO_CACHE=s3://bucket/cache: object stores are not supported yet"):
-        cache_folder()

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 # Imports point one way: each part may import what stands in an earlier row, and itself; never another of its own row.
 ROWS = [
     ["__init__", "errors"],
-    ["files", "artifacts", "lease"],
+    ["files", "artifacts", "lease", "store"],
+    ["store_lease", "stored"],
     ["records", "config_base", "runs"],
     ["config_judge", "config_objective", "config_plan", "config_rounds"],
     ["config"],

@@ -95,7 +95,9 @@ def policy_facts(
     ]
     bar.begin(sum(len(wanted) for _, wanted in policies))
     found: list[dict[int, npt.NDArray[np.float32]]] = [{} for _ in policies]
-    for row in map_on_actors(ray, config, stage, rows, PolicyReader, str(base), dtype, load_in_4bit, fact):
+    needs = [base, *(folder for folder, _ in policies)]
+    arguments = str(base), dtype, load_in_4bit, fact
+    for row in map_on_actors(ray, config, stage, rows, PolicyReader, *arguments, needs=needs):
         number, members = batches[int(row["batch"])]
         values = np.frombuffer(row["found"], dtype=np.float32).reshape(len(members), -1)
         found[number] |= dict(zip(members.tolist(), values, strict=True))

@@ -111,7 +111,9 @@ def _scored(
         return
     batches = micro_batches(tokens, missing, PASS_TOKENS, packed=True)
     rows, arguments = packed_rows(tokens, batches), (str(model), dtype, load_in_4bit)
-    for row in map_on_actors(ray, config, "reference", rows, ReferenceScorer, *arguments, row_per_cpu=True):
+    for row in map_on_actors(
+        ray, config, "reference", rows, ReferenceScorer, *arguments, row_per_cpu=True, needs=[model]
+    ):
         yield batches[row["batch"]], np.frombuffer(row["scores"], dtype=np.float64).reshape(-1, 2)
 
 

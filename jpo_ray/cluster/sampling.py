@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.cluster.session import require_resources, worker_resources
+from jpo_ray.cluster.session import on_node, require_resources, worker_resources
 from jpo_ray.config import ClusterConfig, SampleConfig
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.generation import Generated, Request, SampledModel, TransformersSampler
@@ -109,6 +109,8 @@ def _vllm(
         preprocess_map_kwargs={"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=1)},
         postprocess_map_kwargs={"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=1)},
     )
+    for each in processor.stages.values():
+        each.fn = on_node(each.fn, _folders(base, requests))
     blocks = -(-len(requests) // VLLM_BATCH)
     asked = ray.data.from_items([_row(request) for request in requests], override_num_blocks=blocks)
     for row in processor(asked).iter_rows():
@@ -198,7 +200,7 @@ def _transformers(
     adapters = list({r.model.path: r.model for r in requests if r.model.is_adapter}.values())
     rows = [{"requests": _Group(group)} for group in _groups(requests)]
     answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        TransformersActor,
+        on_node(TransformersActor, _folders(base, requests)),
         fn_constructor_args=(str(base), adapters, dtype, "cuda" if wanted.get("GPU") else "cpu", int(wanted["CPU"])),
         fn_kwargs={"max_new_tokens": config.max_new_tokens, "stop": config.stop},
         batch_size=1,
@@ -208,6 +210,10 @@ def _transformers(
     )
     for row in answered.iter_rows():
         yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]))
+
+
+def _folders(base: Path, requests: Sequence[Request]) -> list[Path]:
+    return [base, *dict.fromkeys(request.model.path for request in requests)]
 
 
 def _groups(requests: Sequence[Request]) -> list[list[Request]]:

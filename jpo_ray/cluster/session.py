@@ -2,13 +2,15 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jpo_ray.config import ClusterConfig
 from jpo_ray.errors import InputError
+from jpo_ray.stored import origins
 
 # Set before Ray starts, unless the user did.
 ENVIRONMENT = {
@@ -124,11 +126,12 @@ def map_on_actors(
     actor: type,
     *arguments: Any,
     row_per_cpu: bool = False,
+    needs: Sequence[Path] = (),
 ) -> Iterator[dict[str, Any]]:
     """`rows` through a Ray Data pool of `config.num_actors` actors, as they are done.
 
     `actor(*arguments, device, threads)` gets them one at a time, or with `row_per_cpu` as many as it has CPUs (where it
-    has no GPU). Raises `InputError` where the cluster has no room for the pool.
+    has no GPU). `needs` are the folders that it reads. Raises `InputError` where the cluster has no room for the pool.
     """
     wanted = worker_resources(ray, config, config.num_actors)
     require_resources(ray, stage, [wanted] * config.num_actors)
@@ -136,7 +139,7 @@ def map_on_actors(
     at_once = threads if row_per_cpu and not gpus else 1
     blocks = -(-len(rows) // at_once)
     mapped = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-        actor,
+        on_node(actor, needs),
         fn_constructor_args=(*arguments, "cuda" if gpus else "cpu", threads),
         batch_size=at_once,
         compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, blocks)),
@@ -144,6 +147,21 @@ def map_on_actors(
         num_gpus=gpus,
     )
     yield from mapped.iter_rows()
+
+
+def on_node(actor: type, needs: Sequence[Path]) -> type:
+    """`actor`, made to fetch what it reads of a run directory on an object store to its node before it starts."""
+    wanted = origins(*needs)
+    if not wanted:
+        return actor
+
+    class Fetching(actor):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            for origin in wanted:
+                origin.fetch()
+            super().__init__(*arguments, **options)
+
+    return Fetching
 
 
 def _fits(bundle: dict[str, float], node: dict[str, float]) -> bool:

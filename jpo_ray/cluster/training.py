@@ -1,7 +1,8 @@
 """Training on Ray Train: the engine's loop on n workers.
 
 The engine writes checkpoints of its own into the artifact being built, atomically and with hashes, and resumes from
-the newest valid one; so does a worker group that Ray Train restarts. The folder must be visible to all workers.
+the newest valid one; so does a worker group that Ray Train restarts. The folder must be visible to all workers, or have
+its place on an object store: workers then fetch what they read to where they run, and rank 0 leaves there what it made.
 """
 
 import shutil
@@ -16,7 +17,10 @@ from typing import Any
 
 from jpo_ray.cluster.session import require_resources, worker_resources
 from jpo_ray.config import ClusterConfig
+from jpo_ray.engine.checkpoints import fetch_checkpoints
 from jpo_ray.errors import InputError
+from jpo_ray.files import hash_file
+from jpo_ray.stored import origins, place_of, pull, push
 
 POLL_S = 0.3
 
@@ -56,6 +60,7 @@ def run_here(ray: Any, config: ClusterConfig, work: Work, out: Path) -> Any:
 
     wanted = worker_resources(ray, config, config.trainings_at_once)
     torch.set_num_threads(int(wanted["CPU"]))
+    fetch_checkpoints(out)
     return work.function(out, "cuda" if wanted.get("GPU") else "cpu", lambda *_: None, *work.arguments)
 
 
@@ -79,7 +84,15 @@ def run_training(
     shutil.rmtree(storage, ignore_errors=True)  # of a run that was killed
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"work": work, "out": str(out), "board": board, "threads": int(wanted["CPU"]), "gpu": gpu},
+        train_loop_config={
+            "work": work,
+            "needs": origins(work.arguments),
+            "out": out,
+            "driver": ray.get_runtime_context().get_node_id(),
+            "board": board,
+            "threads": int(wanted["CPU"]),
+            "gpu": gpu,
+        },
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=wanted),
         run_config=RunConfig(
             name=f"{stage}-{out.name}",
@@ -103,6 +116,8 @@ def run_training(
     result, input_error = ray.get(board.outcome.remote())
     if input_error:
         raise InputError(input_error)
+    fetch_checkpoints(out)
+    pull(out)
     return result
 
 
@@ -132,7 +147,7 @@ def _worker(settings: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(settings["threads"])
-    board, work = settings["board"], settings["work"]
+    board, work, out = settings["board"], settings["work"], settings["out"]
     rank = ray.train.get_context().get_world_rank()
     sent = 0.0
 
@@ -145,8 +160,22 @@ def _worker(settings: dict[str, Any]) -> None:
     device = "cuda" if settings["gpu"] else "cpu"
     result, input_error = None, None
     try:
-        result = work.function(Path(settings["out"]), device, progress, *work.arguments)
+        for origin in settings["needs"]:
+            origin.fetch()
+        fetch_checkpoints(out)
+        result = work.function(out, device, progress, *work.arguments)
+        if rank == 0:
+            _hand_over(out, ray.get_runtime_context().get_node_id() == settings["driver"])
     except InputError as error:  # a retry would meet it again
         input_error = str(error)
     if rank == 0 or input_error:
         ray.get(board.finish.remote(result, input_error))
+
+
+def _hand_over(out: Path, on_drivers_node: bool) -> None:
+    """Leave what was trained on the object store, if that is where the run directory is; checkpoints are there."""
+    if place_of(out) is None:
+        return
+    push(out, {path.name: hash_file(path) for path in out.iterdir() if path.is_file()})
+    if not on_drivers_node:
+        shutil.rmtree(out)

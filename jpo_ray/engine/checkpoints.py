@@ -18,7 +18,9 @@ from torch import nn
 
 from jpo_ray.engine.sharding import assign, is_sharded, whole, whole_state
 from jpo_ray.engine.step import rank_and_world, trainable
+from jpo_ray.errors import InputError
 from jpo_ray.files import file_hashes, read_json, write_json
+from jpo_ray.stored import HASHES, locked, place_of, pull, push
 
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> Path:
@@ -33,7 +35,7 @@ def save_checkpoint(folder: Path, model: Any, tokenizer: Any, optimizer: Any, st
     _write_weights(staged, model, tokenizer, weights)
     save_file(tensors, staged / "optimizer.safetensors", metadata={"scalars": json.dumps(scalars)})
     write_json(staged / "trainer_state.json", state)
-    write_json(staged / "files.json", file_hashes(staged))
+    write_json(staged / HASHES, file_hashes(staged))
     if target.exists():  # left by an attempt whose hashes no longer hold
         shutil.rmtree(target)
     staged.rename(target)
@@ -66,7 +68,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def is_valid(checkpoint: Path) -> bool:
     try:
-        expected = read_json(checkpoint / "files.json")
+        expected = read_json(checkpoint / HASHES)
     except (OSError, ValueError):
         return False
     found = file_hashes(checkpoint)
@@ -95,6 +97,39 @@ def keep_only(folder: Path, keep: set[Path]) -> None:
     for path in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
         if path not in keep:
             shutil.rmtree(path)
+
+
+def store_checkpoints(folder: Path) -> None:
+    """Where the run directory is on an object store, have the checkpoints there that are here, and no others."""
+    if (place := place_of(folder)) is None:
+        return
+    names = place.store.names(place.name)
+    there = {name.split("/")[0] for name in names if name.startswith("checkpoint-")}
+    here = {path.name for path in folder.glob("checkpoint-*")}
+    for checkpoint in sorted(here):
+        if f"{checkpoint}/{HASHES}" not in names:
+            push(folder / checkpoint, read_json(folder / checkpoint / HASHES))
+    for checkpoint in there - here:
+        place.store.delete(f"{place.name}/{checkpoint}")
+
+
+def fetch_checkpoints(folder: Path) -> None:
+    """Where the run directory is on an object store, have the valid checkpoints here that are there, and no others.
+
+    So workers on whatever machines go on from the same one.
+    """
+    if (place := place_of(folder)) is None:
+        return
+    with locked(place.root, f"{place.name}-checkpoints"):
+        names = place.store.names(place.name)
+        there = {name.split("/")[0] for name in names if name.endswith(f"/{HASHES}")}
+        keep_only(folder, {folder / name for name in there if is_valid(folder / name)})
+        for checkpoint in sorted(there):
+            try:
+                write_json(folder / checkpoint / HASHES, pull(folder / checkpoint))
+            except InputError:  # damaged
+                shutil.rmtree(folder / checkpoint, ignore_errors=True)
+                place.store.delete(f"{place.name}/{checkpoint}")
 
 
 def _step_of(path: Path) -> int:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from jpo_ray.config import OptimizerConfig
-from jpo_ray.engine.checkpoints import keep_only, load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
+from jpo_ray.engine.checkpoints import (
+    keep_only,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    save_weights,
+    store_checkpoints,
+)
 from jpo_ray.engine.optim import learning_rate, make_optimizer, warmup_steps
 from jpo_ray.engine.sharding import whole
 from jpo_ray.engine.step import rank_and_world, sum_over_workers, trainable
@@ -124,6 +131,7 @@ def _checkpoint(out: Path, model: Any, tokenizer: Any, optimizer: Any, state: di
     if rank_and_world()[0] == 0:
         best = out / state["best_model_checkpoint"] if state["best_model_checkpoint"] else last
         keep_only(out, {last, best})
+        store_checkpoints(out)
     _barrier()
 
 

@@ -11,7 +11,7 @@ from jpo_ray.files import read_json, write_json
 from jpo_ray.runs import RunDir
 
 
-def compare_runs(runs: tuple[Path, Path], out: Path) -> dict[str, Any]:
+def compare_runs(runs: tuple[Path | str, Path | str], out: Path) -> dict[str, Any]:
     """Write `comparison.json`, `comparison.md` and `index.html` of two reported runs into `out`; returns the first.
 
     Raises `InputError` where a run has no report.
@@ -43,7 +43,7 @@ def compare_runs(runs: tuple[Path, Path], out: Path) -> dict[str, Any]:
     return found
 
 
-def _reported(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _reported(run: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     manifest = RunDir(run).require("report", "report")
     path = RunDir(run).path("report") / "summary.json"
     if "config" not in manifest.config:

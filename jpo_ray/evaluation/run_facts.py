@@ -103,7 +103,8 @@ def trainer_state(run: RunDir, artifact: str, standing: Mapping[str, Manifest]) 
 
 def read_columns(run: RunDir, file: str, columns: list[str]) -> pa.Table | None:
     """Columns of a table such as `pairs/pairs.parquet`; None where the file does not exist."""
-    path = run.path(file)
+    artifact, name = file.rsplit("/", 1)
+    path = run.path(artifact) / name
     return pq.read_table(path, columns=columns) if path.exists() else None
 
 

@@ -44,14 +44,16 @@ STAGES: dict[str, Callable[[Context], list[Spec]]] = {
 
 def run_stages(
     config: RunConfig,
-    run_dir: Path,
+    run_dir: Path | str,
     stages: Sequence[str],
     console: Console | None = None,
     others: Sequence[Path] = (),
     *,
     summary: bool = True,
 ) -> None:
-    """Run `stages` in order on `run_dir`; finished ones whose inputs and config are unchanged are skipped.
+    """Run `stages` in order on `run_dir` (a folder, or a URI as text).
+
+    Finished ones whose inputs and config are unchanged are skipped.
 
     What one of the run directories `others` has made from the same is taken over.
     """
@@ -79,7 +81,7 @@ def train_side_by_side(context: Context) -> None:
     # An entry that takes as many steps as another needs nothing of it but its config, so order does not matter.
     names = [spec.artifact.removeprefix("train/") for spec in lacking]
     if names:
-        train = partial(train_entry, context.run.root.resolve(), context.config)
+        train = partial(train_entry, context.run.absolute(), context.config)
         with progress_bar(context.console, f"training {len(names)} models") as bar:
             bar.begin(len(names))
             notes = context.run.root / ".building" / "trials"
@@ -91,14 +93,14 @@ def train_side_by_side(context: Context) -> None:
         show(context, context.standing(spec.artifact, "train"), spec in lacking)
 
 
-def train_entry(run_dir: Path, config: RunConfig, name: str) -> None:
+def train_entry(run_dir: Path | str, config: RunConfig, name: str) -> None:
     """Train one entry, in a process beside the one that holds the run directory."""
     with ExitStack() as stack:
         context = Context(RunDir(run_dir), config, Console(quiet=True), STAGES, stack, in_trial=True)
         build(context, next(spec for spec in context.specs_of("train") if spec.artifact == f"train/{name}"))
 
 
-def dry_run_judge(config: RunConfig, run_dir: Path, console: Console | None = None) -> None:
+def dry_run_judge(config: RunConfig, run_dir: Path | str, console: Console | None = None) -> None:
     """Say what the judge stage would take. Raises `InputError` where its pairs do not stand."""
     console = console or Console()
     with ExitStack() as stack:

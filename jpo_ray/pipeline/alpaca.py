@@ -18,7 +18,7 @@ from jpo_ray.runs import RunDir
 BOOTSTRAP_SAMPLES = 2000
 
 
-def export_outputs(run_dir: Path, out: Path, console: Console) -> None:
+def export_outputs(run_dir: Path | str, out: Path, console: Console) -> None:
     """Write AlpacaEval's files of a run's samples and gold responses. Raises `InputError` without samples."""
     samples, golds = _sampled(run_dir)
     with output_folder(out):
@@ -34,7 +34,7 @@ def export_outputs(run_dir: Path, out: Path, console: Console) -> None:
     )
 
 
-def import_annotations(run_dir: Path, annotations: Sequence[Path], out: Path, console: Console) -> None:
+def import_annotations(run_dir: Path | str, annotations: Sequence[Path], out: Path, console: Console) -> None:
     """Win rates, plain and length-controlled, from files of AlpacaEval's annotations of such samples."""
     samples, golds = _sampled(run_dir)
     rows = read_annotations(annotations, samples, golds)
@@ -51,7 +51,7 @@ def import_annotations(run_dir: Path, annotations: Sequence[Path], out: Path, co
     console.print(f"{out}: win_rates.json, judgments.parquet", highlight=False, soft_wrap=True)
 
 
-def _sampled(run_dir: Path) -> tuple[pa.Table, dict[str, str]]:
+def _sampled(run_dir: Path | str) -> tuple[pa.Table, dict[str, str]]:
     run = RunDir(run_dir)
     for artifact in ("items", "sample"):
         run.require(artifact, artifact)

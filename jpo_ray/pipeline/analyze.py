@@ -20,7 +20,7 @@ from jpo_ray.runs import RunDir
 
 
 def analyze(
-    source: Path,
+    source: Path | str,
     judgments: Sequence[Path],
     out: Path,
     people: Sequence[str],
@@ -29,14 +29,15 @@ def analyze(
 ) -> None:
     """Print the tables, write `analysis.json` and `index.html` into `out`.
 
-    `source` is a run directory, or a file of comparisons; `judgments` are tables of further judgments of them, such as
-    `jpo annotate` and `jpo judge` export. Raises `InputError` without judgments, or for those of other comparisons.
+    `source` is a run directory (text: its URI), or a file of comparisons; `judgments` are tables of further judgments
+    of them, such as `jpo annotate` and `jpo judge` export. Raises `InputError` without judgments, or for those of other
+    comparisons.
     """
     from jpo_ray.evaluation.analysis_page import write_analysis
 
     if cell is not None and cell not in CELLS:
         raise InputError(f"--list {cell}: no such cell; there are {', '.join(CELLS)}")
-    compared = compared_in(RunDir(source)) if source.is_dir() else _of_file(source)
+    compared = compared_in(RunDir(source)) if isinstance(source, str) or source.is_dir() else _of_file(source)
     tables = {str(source): compared.judgments} | {str(path): read_judgments(path) for path in judgments}
     rows = list(_distinct(tables, compared).values())
     if not rows:

@@ -15,7 +15,7 @@ from jpo_ray.runs import RunDir
 
 
 def comparisons_to_annotate(
-    pairs: Path | None, run_dir: Path | None, limit: int | None, seed: int = 0
+    pairs: Path | None, run_dir: Path | str | None, limit: int | None, seed: int = 0
 ) -> list[Comparison]:
     """Of a file or of a run; at most `limit` drawn ones of a file.
 

@@ -71,7 +71,7 @@ class Context:
 
     def stale(self, artifact: str, stage: str) -> StaleArtifact:
         return StaleArtifact(
-            f"{self.run.root}: `{artifact}` was made with another config or other input; run `jpo {stage}` again "
+            f"{self.run.where}: `{artifact}` was made with another config or other input; run `jpo {stage}` again "
             "(or `jpo run` for all that changed)"
         )
 

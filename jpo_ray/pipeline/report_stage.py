@@ -10,7 +10,7 @@ from jpo_ray.pipeline.context import Context, Spec, StaleArtifact
 def report_specs(context: Context) -> list[Spec]:
     inputs = _standing_so_far(context)
     if not inputs:
-        raise InputError(f"{context.run.root}: nothing to report yet; run `jpo run` first")
+        raise InputError(f"{context.run.where}: nothing to report yet; run `jpo run` first")
 
     def make(out: Path) -> dict[str, Any]:
         from jpo_ray.evaluation.report import make_report

@@ -12,6 +12,7 @@ from jpo_ray.data.tokens import Layout
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
 from jpo_ray.runs import RunDir
+from jpo_ray.store import location
 
 BASE = "sft"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,7 +43,7 @@ def find_models(config: ServeConfig) -> Offer:
     """The models that `config` names. Raises `InputError` where one of them is not there."""
     if config.run_dir is None:
         raise InputError("serve: name the run whose models are to be served (--run-dir DIR)")
-    run = RunDir(Path(config.run_dir).expanduser())
+    run = RunDir(location(config.run_dir))
     trained = _trained(run)
     wanted = _wanted(config, run, trained)
     manifests = {name: manifest for name, manifest in trained.items() if name in wanted}
@@ -150,8 +151,7 @@ def _trained(run: RunDir) -> dict[str, Manifest]:
     """Every model of the run's `train` stage, by name."""
     if not run.root.is_dir():
         raise InputError(f"--run-dir {run.root}: no such folder")
-    folders = sorted(path for path in (run.root / "train").glob("*") if path.is_dir())
-    manifests = {path.name: run.manifest(f"train/{path.name}") for path in folders}
+    manifests = {name: run.manifest(f"train/{name}") for name in run.trained()}
     return {name: manifest for name, manifest in manifests.items() if manifest is not None}
 
 
@@ -159,7 +159,7 @@ def _wanted(config: ServeConfig, run: RunDir, trained: Iterable[str]) -> list[st
     names = [BASE, *trained]
     for name in config.models or []:
         if name not in names:
-            raise InputError(f"models: {run.root} has no model `{name}`; there are {', '.join(names)}")
+            raise InputError(f"models: {run.where} has no model `{name}`; there are {', '.join(names)}")
     return config.models or names
 
 
@@ -167,7 +167,7 @@ def _model_section(run: RunDir, trained: dict[str, Manifest]) -> BaseModelConfig
     """How texts are laid out, as the run's models learned it."""
     manifests = [manifest for manifest in (run.manifest("sft"), *trained.values()) if manifest is not None]
     if not manifests:
-        raise InputError(f"{run.root}: no `sft` yet; run `jpo sft` first (or `jpo run` for all of it)")
+        raise InputError(f"{run.where}: no `sft` yet; run `jpo sft` first (or `jpo run` for all of it)")
     sections = [manifest.config.get("model") or {} for manifest in manifests]
     # load_in_4bit shapes training alone; a model is served in its dtype
     return BaseModelConfig(model_name_or_path="", **{k: v for k, v in sections[0].items() if k != "load_in_4bit"})
@@ -185,7 +185,7 @@ def _base_folder(run: RunDir, trained: Iterable[str]) -> Path:
             return resolve_model(
                 str(read_json(config)["base_model_name_or_path"]), f"{config}: base_model_name_or_path"
             )
-    raise InputError(f"{run.root}: neither an `sft` model nor an adapter that names its base; run `jpo sft` first")
+    raise InputError(f"{run.where}: neither an `sft` model nor an adapter that names its base; run `jpo sft` first")
 
 
 def _entry(run: RunDir, name: str, manifest: Manifest) -> Adapter:

@@ -8,9 +8,11 @@ from jpo_ray.cluster.sampling import VLLM_BATCH_TOKENS, VLLM_CPU_ENV, VLLM_LORA_
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.data.tokens import Layout
 from jpo_ray.errors import InputError
+from jpo_ray.runs import run_root
 from jpo_ray.serving.adapter_checks import AdapterError, base_shapes
 from jpo_ray.serving.adapters import AdapterStore, Listed
 from jpo_ray.serving.models import BASE, Offer, find_models
+from jpo_ray.store import location
 
 LONGEST_DEFAULT = 4096  # tokens, where neither config nor model says less
 
@@ -58,7 +60,8 @@ def make_plan(config: ServeConfig, *, keys_required: bool) -> Plan:
     for entry in offer.full:
         engines.append(EnginePlan(entry.name, str(entry.folder.resolve()), entry.beta or beta, takes_adapters=False))
     max_model_len = _max_model_len(config, offer)
-    state = Path(config.state_dir or Path(config.run_dir or ".") / "serving").expanduser().resolve()
+    run_folder = run_root(location(config.run_dir or "."))
+    state = Path(config.state_dir or run_folder / "serving").expanduser().resolve()
     shapes = base_shapes(offer.base)
     store = AdapterStore(state, shapes, max_adapters=config.max_adapters, max_rank=VLLM_LORA_RANKS[-1], beta=beta)
     try:
@@ -67,7 +70,7 @@ def make_plan(config: ServeConfig, *, keys_required: bool) -> Plan:
         raise InputError(f"adapters: {error}") from error
     except OSError as error:
         raise InputError(f"state_dir {state}: cannot be written ({error.strerror}); set state_dir") from error
-    run_folders = [str((Path(config.run_dir).expanduser() / "train").resolve())] if config.run_dir else []
+    run_folders = [str((run_folder / "train").resolve())] if config.run_dir else []
     return Plan(
         engines=engines,
         base=str(offer.base),

@@ -66,6 +66,7 @@ class Cluster:
                 self.dies_at_step = None
                 raise KeyboardInterrupt
 
+        training.fetch_checkpoints(out)
         state: dict[str, Any] = work.function(out, "cpu", progress, *work.arguments)
         return state
 
@@ -140,7 +141,7 @@ JPO: dict[str, Any] = {
 DPO = JPO | {"name": "dpo", "objective": "dpo", "protocols": ["conditional"], "steps_like": "jpo"}
 
 
-def run(config: RunConfig, run_dir: Path, stages: Sequence[str] = tuple(STAGES)) -> str:
+def run(config: RunConfig, run_dir: Path | str, stages: Sequence[str] = tuple(STAGES)) -> str:
     """Run stages; returns what was printed."""
     shown = io.StringIO()
     run_stages(config, run_dir, stages, Console(file=shown, width=200))

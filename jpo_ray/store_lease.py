@@ -1,0 +1,80 @@
+"""The lease of a run directory on an object store, which can neither link nor rename nor create on a condition.
+
+Every run that wants the lease writes a claim under a name of its own, then lists all claims. It holds the lease if
+there is no other living one, else it takes its claim back. Of two that come at once, the later writer sees the other's
+claim, so never both hold it (both may give way). That needs lists that show what was written before: S3, GCS and Azure
+promise it. Ages are told by the store's clock alone. A holder that slept past its expiry may go on for one heartbeat
+after it wakes up; it finds its claim gone then, and stops.
+"""
+
+import json
+import time
+from typing import Any
+
+from jpo_ray import lease
+from jpo_ray.errors import InputError
+from jpo_ray.store import Store, StoreError
+
+CLAIMS = "lease"
+
+
+class StoreLease:
+    """Claims below `lease/` in a run directory on an object store."""
+
+    def __init__(self, store: Store) -> None:
+        self.name = store.shown()
+        self._store, self._owner = store, lease.this_process()
+        self._mine = f"{self._owner['token']}.json"
+        self._dead: set[str] = set()  # claims that this one took over
+        self._last_s = 0.0
+
+    def acquire(self) -> None:
+        """Raises `InputError` also where the store refuses to be written."""
+        try:
+            self._claim()
+            times = self._store.times(CLAIMS)
+            if self._mine not in times:
+                raise InputError(f"{self.name}: taken by another run at the same moment; try again")
+            now = times.pop(self._mine)
+            for name, written in times.items():
+                holder = self._holder(name)
+                if holder is None:  # gone in the meantime
+                    continue
+                if not lease.is_dead(holder, (now - written).total_seconds()):
+                    self.release()
+                    raise lease.in_use(self.name, holder)
+                self._store.delete(f"{CLAIMS}/{name}")
+                self._dead.add(name)
+        except StoreError as error:
+            raise InputError(f"--run-dir {error}") from error
+
+    def beat(self) -> bool:
+        """False also where the store did not answer for as long as others wait before they take a lease over."""
+        try:
+            names = self._store.times(CLAIMS)
+            for name in self._dead & names.keys():  # of a holder that slept while it wrote
+                self._store.delete(f"{CLAIMS}/{name}")
+            if self._mine not in names:
+                return False
+            self._claim()
+        except StoreError:
+            return time.monotonic() - self._last_s < lease.LEASE_EXPIRES_S
+        return True
+
+    def release(self) -> None:
+        try:
+            self._store.delete(f"{CLAIMS}/{self._mine}")
+        except StoreError:
+            return  # it expires
+
+    def _claim(self) -> None:
+        started = time.monotonic()
+        self._store.write(f"{CLAIMS}/{self._mine}", json.dumps(self._owner).encode())
+        self._last_s = started
+
+    def _holder(self, name: str) -> dict[str, Any] | None:
+        content = self._store.read(f"{CLAIMS}/{name}")
+        try:
+            return None if content is None else dict(json.loads(content))
+        except ValueError:
+            return {}
