@@ -26,16 +26,14 @@ INTERRUPT = signal.SIGUSR1  # to the main thread; a run in the background may ig
 
 
 class Lease(Protocol):
-    """What one run at a time holds; `name` is what people know it by."""
-
-    name: str
+    """What one run at a time holds."""
 
     def acquire(self) -> None:
         """Take it. Raises `InputError` where a living run has it."""
         ...
 
-    def beat(self) -> bool:
-        """Say that the holder lives; False where another run has taken the lease over."""
+    def beat(self) -> Exception | None:
+        """Say that the holder lives; an error where the lease is lost."""
         ...
 
     def release(self) -> None:
@@ -47,18 +45,19 @@ class Lease(Protocol):
 def hold_lease(lease: Lease) -> Iterator[None]:
     """Hold a lease until the block ends.
 
-    Raises `InputError` where another living run holds it, or took it over meanwhile: that interrupts the block as
-    Ctrl-C does.
+    Raises `InputError` where another living run holds it, or took it over meanwhile: that, or whatever else loses it,
+    interrupts the block as Ctrl-C does.
     """
     lease.acquire()
-    stop, lost = threading.Event(), threading.Event()
+    stop = threading.Event()
+    lost: list[Exception] = []
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(INTERRUPT, _interrupt) if in_main else None
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_S):
-            if not lease.beat():
-                lost.set()
+            if (reason := lease.beat()) is not None:
+                lost.append(reason)
                 if in_main:
                     os.kill(os.getpid(), INTERRUPT)
                 return
@@ -68,11 +67,8 @@ def hold_lease(lease: Lease) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        if lost.is_set():
-            raise InputError(
-                f"{lease.name}: another run took it over while this one was silent for more than "
-                f"{LEASE_EXPIRES_S:.0f} s (a suspended machine?); this one has stopped"
-            ) from interrupt
+        if lost:
+            raise lost[0] from interrupt
         raise
     finally:
         stop.set()
@@ -86,6 +82,13 @@ def in_use(name: str, holder: dict[str, Any]) -> InputError:
     return InputError(
         f"{name}: in use by another run (process {holder.get('pid')} on {holder.get('host')}); wait for it, "
         f"stop it, or use another --run-dir (a dead run's hold ends after {LEASE_EXPIRES_S:.0f} s)"
+    )
+
+
+def taken_over(name: str) -> InputError:
+    return InputError(
+        f"{name}: another run took it over while this one was silent for more than {LEASE_EXPIRES_S:.0f} s "
+        "(a suspended machine?); this one has stopped"
     )
 
 
@@ -119,12 +122,12 @@ class FileLease:
         finally:
             staged.unlink()
 
-    def beat(self) -> bool:
+    def beat(self) -> Exception | None:
         with _alone(self._path.parent):
-            held = self._is_mine()
-            if held:
-                os.utime(self._path)
-        return held
+            if not self._is_mine():
+                return taken_over(self.name)
+            os.utime(self._path)
+        return None
 
     def release(self) -> None:
         with _alone(self._path.parent):

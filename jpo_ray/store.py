@@ -18,7 +18,7 @@ from jpo_ray.errors import InputError
 
 TRANSFERS = 8  # files at a time
 CHUNK_BYTES = 8 * 2**20
-CONNECT_S, REQUEST_S = 5.0, 20.0  # S3: silence that ends a request, of which three are tried
+CONNECT_S, REQUEST_S = 5.0, 10.0  # S3: silence that ends a request, of which three are tried
 ATTEMPTS = 3
 S3_OPTIONS = ("endpoint_override", "scheme", "region", "anonymous", "force_virtual_addressing", "tls_ca_file_path")
 SECRET = re.compile(r"secret|password|token|key", re.IGNORECASE)

@@ -9,6 +9,7 @@ after it wakes up; it finds its claim gone then, and stops.
 
 import json
 import time
+from contextlib import suppress
 from typing import Any
 
 from jpo_ray import lease
@@ -26,7 +27,7 @@ class StoreLease:
         self._store, self._owner = store, lease.this_process()
         self._mine = f"{self._owner['token']}.json"
         self._dead: set[str] = set()  # claims that this one took over
-        self._last_s = 0.0
+        self._last_s, self._silent = 0.0, False  # the last time the claim was written, and whether that fails now
 
     def acquire(self) -> None:
         """Raises `InputError` also where the store refuses to be written."""
@@ -48,29 +49,31 @@ class StoreLease:
         except StoreError as error:
             raise InputError(f"--run-dir {error}") from error
 
-    def beat(self) -> bool:
-        """False also where the store did not answer for as long as others wait before they take a lease over."""
+    def beat(self) -> Exception | None:
+        """Lost also where the store did not answer for as long as others wait before they take a lease over."""
         try:
             names = self._store.times(CLAIMS)
             for name in self._dead & names.keys():  # of a holder that slept while it wrote
                 self._store.delete(f"{CLAIMS}/{name}")
             if self._mine not in names:
-                return False
+                return lease.taken_over(self.name)
             self._claim()
-        except StoreError:
-            return time.monotonic() - self._last_s < lease.LEASE_EXPIRES_S
-        return True
+        except StoreError as error:
+            self._silent = True
+            if time.monotonic() - self._last_s > lease.LEASE_EXPIRES_S:
+                return error
+        return None
 
     def release(self) -> None:
-        try:
-            self._store.delete(f"{CLAIMS}/{self._mine}")
-        except StoreError:
-            return  # it expires
+        """A claim that cannot be taken back expires."""
+        if not self._silent:
+            with suppress(StoreError):
+                self._store.delete(f"{CLAIMS}/{self._mine}")
 
     def _claim(self) -> None:
         started = time.monotonic()
         self._store.write(f"{CLAIMS}/{self._mine}", json.dumps(self._owner).encode())
-        self._last_s = started
+        self._last_s, self._silent = started, False
 
     def _holder(self, name: str) -> dict[str, Any] | None:
         content = self._store.read(f"{CLAIMS}/{name}")

@@ -22,7 +22,15 @@ from pipeline.inline import Cluster, run, small_config
 ARTIFACTS = [
     "items", "embeddings", "pairs", "judge", "sft", "reference", "train/jpo", "train/dpo", "sample", "evaluate",
 ]  # fmt: skip
-BASE_PATHS = ("adapter_config.json", "base_model.json", "trainer_state.json")  # with paths and times in them
+CONFIG = """
+items: {train: [{path: sandbox, limit: 10}]}
+model: {model_name_or_path: sandbox}
+judge: {annotator: sandbox}
+train: [{name: jpo}]
+sample: null
+evaluate: null
+"""
+VARYING = ("adapter_config.json", "base_model.json", "trainer_state.json", "files.json")  # paths and times are in them
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +82,7 @@ def test_a_run_there_is_that_of_a_folder_and_another_machine_goes_on_with_it(
 
 
 def hashes(files: dict[str, str]) -> dict[str, str]:
-    return {name: digest for name, digest in files.items() if not name.endswith(BASE_PATHS)}
+    return {name: digest for name, digest in files.items() if not name.endswith(VARYING)}
 
 
 def test_a_damaged_checkpoint_there_is_not_gone_on_with(
@@ -119,7 +127,7 @@ def test_what_is_wrong_with_an_address_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.setattr("jpo_ray.store.ATTEMPTS", 1)
     config = tmp_path / "config.yaml"
-    config.write_text("items: {train: [{path: sandbox, limit: 10}]}\nsample: null\nevaluate: null\n")
+    config.write_text(CONFIG)
     closed = "s3://runs/x?endpoint_override=127.0.0.1:1&scheme=http"
     for uri, said in (
         (s3_server.uri("nowhere", "x"), "s3://nowhere/x: there is no such bucket"),
@@ -137,14 +145,14 @@ def test_a_store_that_goes_away_at_work_is_one_line_and_exit_code_1(
     s3_server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The items stand, and the next command goes on."""
+    monkeypatch.setattr("jpo_ray.store.REQUEST_S", 1.0)
+    monkeypatch.setattr("jpo_ray.store.ATTEMPTS", 1)
     config = tmp_path / "config.yaml"
-    config.write_text("items: {train: [{path: sandbox, limit: 10}]}\nsample: null\nevaluate: null\n")
+    config.write_text(CONFIG)
     uri = s3_server.uri()
     arguments = ["--config", str(config), "--run-dir", uri]
     assert main(["items", *arguments]) == 0
     before = Store(uri).names("")
-    monkeypatch.setattr("jpo_ray.store.REQUEST_S", 1.0)
-    monkeypatch.setattr("jpo_ray.store.ATTEMPTS", 1)
     build_items = item_stage.build_items
 
     def then_gone(*arguments: Any) -> Any:
