@@ -134,7 +134,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     from jpo_ray.pipeline.plan import make_plan
     from jpo_ray.planning.show import plan_lines
 
-    plan = make_plan(load_config(arguments.config, arguments.overrides), arguments.run_dir)
+    config = load_config(arguments.config, arguments.overrides)
+    plan = make_plan(config, run_root(arguments.run_dir) if arguments.run_dir else None)
     if arguments.json:
         import json
 

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_analyze(analyze)
     plan = commands.add_parser("plan", help="what a run will take, and what is missing for it; nothing is downloaded")
     plan.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
-    plan.add_argument("--run-dir", type=Path, help="where it would go, for its free space")
+    plan.add_argument("--run-dir", type=location, help="where it would go, for its free space")
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="plan.train_instructions=12000, plan.mfu=0.4"
@@ -107,7 +107,7 @@ def _add_annotate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run-dir", type=Path, required=True, help="folder of a run that has trained models")
+    parser.add_argument("--run-dir", type=location, required=True, help="folder of a run that has trained models")
     parser.add_argument("--model", required=True, metavar="NAME", help="`sft` or an entry of `train`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
     parser.add_argument("--adapter", action="store_true", help="leave an adapter one, instead of merging it")

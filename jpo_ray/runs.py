@@ -64,6 +64,13 @@ class RunDir:
         """Where it is, for a process that works elsewhere."""
         return self.where if isinstance(self.where, str) else self.where.resolve()
 
+    def below(self, name: str) -> Path | str:
+        """The place of a run within this one."""
+        if isinstance(self.where, Path):
+            return self.root / name
+        path, *options = self.where.split("?", 1)
+        return "?".join([f"{path.rstrip('/')}/{name}", *options])
+
     def path(self, artifact: str) -> Path:
         """Folder of an artifact such as `items` or `train/jpo`; of one on a store it is fetched first."""
         if self._store is not None:

@@ -31,6 +31,7 @@ class Work:
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    needs: tuple[Path, ...] = ()  # folders that it reads besides those in the arguments
 
 
 class ProgressBoard:
@@ -86,7 +87,7 @@ def run_training(
         _worker,
         train_loop_config={
             "work": work,
-            "needs": origins(work.arguments),
+            "needs": origins(work.arguments, work.needs),
             "out": out,
             "driver": ray.get_runtime_context().get_node_id(),
             "board": board,

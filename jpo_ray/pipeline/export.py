@@ -22,7 +22,7 @@ SFT = "sft"
 
 
 def export_model(
-    run_dir: Path, name: str, out: Path, console: Console, *, adapter: bool = False, base: str | None = None
+    run_dir: Path | str, name: str, out: Path, console: Console, *, adapter: bool = False, base: str | None = None
 ) -> None:
     """Write the model `name` of a run into the new folder `out`: weights, tokenizer, generation config, model card.
 
@@ -95,9 +95,9 @@ def _model_of(run: RunDir, name: str) -> tuple[Manifest, Path]:
     artifact = SFT if name == SFT else f"train/{name}"
     manifest = run.manifest(artifact)
     if manifest is None:
-        folders = sorted(path.name for path in (run.root / "train").glob("*") if run.manifest(f"train/{path.name}"))
+        folders = [each for each in run.trained() if run.manifest(f"train/{each}")]
         there = [*([SFT] if run.manifest(SFT) else []), *folders]
-        raise InputError(f"--model {name}: {run.root} has no such model; there are {', '.join(there) or 'none yet'}")
+        raise InputError(f"--model {name}: {run.where} has no such model; there are {', '.join(there) or 'none yet'}")
     return manifest, run.path(artifact)
 
 

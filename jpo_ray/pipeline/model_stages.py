@@ -192,7 +192,8 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
         steps = _steps_of(context, like) if like else None
         about = {"model": context.config.model.model_dump(), "train": seeded.model_dump()}
         tracking = context.tracking(entry.name, out.name, about)
-        work = Work(train_preferences, (where, context.config.model, seeded, steps, tracking))
+        before = (Path(entry.continue_from),) if entry.continue_from else ()
+        work = Work(train_preferences, (where, context.config.model, seeded, steps, tracking), before)
         ray, cluster = context.ray(), context.config.cluster
         if context.in_trial and cluster.num_workers == 1:
             state = run_here(ray, cluster, work, out.resolve())

@@ -23,7 +23,7 @@ from jpo_ray.files import read_json
 from jpo_ray.pipeline.context import Context, Spec, build, show
 from jpo_ray.pipeline.model_stages import sft_model
 from jpo_ray.pipeline.sample_stage import draw, sampled_model
-from jpo_ray.runs import open_run
+from jpo_ray.runs import RunDir, open_run
 
 STAGES = ("items", "pairs", "judge", "sft", "reference", "train", "report")
 DRAWN = "drawn"
@@ -64,13 +64,13 @@ def _make(context: Context, number: int, entry: TrainConfig, out: Path) -> dict[
     from jpo_ray.pipeline import run_stages
 
     context.ray()  # one session for all that the round runs
-    rounds, folder = _rounds(context), (context.run.root / "rounds" / str(number)).resolve()
+    rounds, where = _rounds(context), context.run.below(f"rounds/{number}")
     context.console.print(f"[bold]round {number} of {rounds.count}[/bold]", highlight=False)
     policy = _policy(context, number)
-    drawn = _draw(context, folder, number, policy)
-    config = _round_config(context, number, entry, policy, folder)
-    run_stages(config, folder, STAGES, context.console, summary=False)
-    trained, state = folder / "train" / entry.name, "trainer_state.json"
+    drawn = _draw(context, where, number, policy)
+    config = _round_config(context, number, entry, policy, RunDir(where).path(DRAWN).resolve())
+    run_stages(config, where, STAGES, context.console, summary=False)
+    trained, state = RunDir(where).path(f"train/{entry.name}"), "trainer_state.json"
     if entry.use_peft and rounds.reference == "moved":
         merge_adapter(trained, policy.path, out, context.config.model.dtype)
         shutil.copy2(trained / state, out / state)
@@ -88,7 +88,7 @@ def _policy(context: Context, number: int) -> SampledModel:
     return sampled_model(context, name, base)
 
 
-def _draw(context: Context, folder: Path, number: int, policy: SampledModel) -> dict[str, Any]:
+def _draw(context: Context, where: Path | str, number: int, policy: SampledModel) -> dict[str, Any]:
     """The artifact `drawn` of the round: samples, and the same as data. Returns its counts."""
     from jpo_ray.cluster.sampling import choose_engine
 
@@ -98,11 +98,11 @@ def _draw(context: Context, folder: Path, number: int, policy: SampledModel) -> 
         update={"temperatures": [rounds.temperature], "samples_per_instruction": rounds.samples_per_instruction}
     )
     engine = choose_engine(config.engine)
-    model = context.path("train") / context.config.trained[number - 2].name if number > 1 else None
+    before = context.config.trained[number - 2].name if number > 1 else None
     inputs = {
         "items": context.standing("items", "items").fingerprint,
         "sft": sft_model(context)[1],
-        "policy": context.standing(f"train/{model.name}", "train").fingerprint if model else "",
+        "policy": context.standing(f"train/{before}", "train").fingerprint if before else "",
     }
     slice_ = {
         "rounds": rounds.model_dump(exclude={"count", "reference"}),
@@ -125,7 +125,7 @@ def _draw(context: Context, folder: Path, number: int, policy: SampledModel) -> 
         }
 
     spec = Spec(DRAWN, DRAWN, inputs, slice_, make, keep_partial=True)
-    with open_run(folder) as run:
+    with open_run(where) as run:
         manifest, built = build(replace(context, run=run), spec)
     show(context, manifest, built)
     return manifest.counts
@@ -154,13 +154,13 @@ def _data_rows(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> l
     return [{"instruction": texts[identity], "completions": given} for identity, given in completions.items() if given]
 
 
-def _round_config(context: Context, number: int, entry: TrainConfig, policy: SampledModel, folder: Path) -> RunConfig:
-    """The run that a round is: its items are the samples, its SFT model is the reference."""
+def _round_config(context: Context, number: int, entry: TrainConfig, policy: SampledModel, drawn: Path) -> RunConfig:
+    """The run that a round is: its items are the samples in `drawn`, its SFT model is the reference."""
     config, moved = context.config, _rounds(context).reference == "moved"
     reference = policy.path if moved else sft_model(context)[0].resolve()
     goes_on = None if moved or number == 1 else str(policy.path)
     items = ItemsConfig(
-        train=[Source(path=str(folder / DRAWN / ITEMS), format="ultrafeedback")],
+        train=[Source(path=str(drawn / ITEMS), format="ultrafeedback")],
         validation=config.items.validation,
         on_bad_rows=config.items.on_bad_rows,
     )
