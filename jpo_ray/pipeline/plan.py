@@ -16,7 +16,7 @@ from jpo_ray.pipeline.item_stage import read_rows, split_sources
 from jpo_ray.planning.costs import stage_costs
 from jpo_ray.planning.counts import Counts, count_all
 from jpo_ray.planning.judging import judge_costs
-from jpo_ray.planning.machine import device_memory_gib, stated_speed, this_machine
+from jpo_ray.planning.machine import stated_speeds, this_machine
 from jpo_ray.planning.missing import (
     disk_gib,
     free_disk,
@@ -30,6 +30,7 @@ from jpo_ray.planning.plan import Plan
 from jpo_ray.planning.rounds import counts_of_a_round
 from jpo_ray.planning.shapes import ModelShapes, base_name, model_folder, model_shapes
 from jpo_ray.planning.tokenizing import PlainTokenizer, plain_tokenizer
+from jpo_ray.planning.workers import STAGES, has_gpus
 
 OF_THE_HUB = "data of"  # begins what is said of a data set that is to be downloaded
 
@@ -45,8 +46,8 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
     found = model_shapes(base_name(config.model.model_name_or_path))
     shapes = found if isinstance(found, ModelShapes) else None
     machine = this_machine(run_dir)
-    speed, assumed = stated_speed(config, machine)
-    stages = stage_costs(config, counts, shapes, speed, a_round)
+    speeds, assumed = stated_speeds(config, machine)
+    stages = stage_costs(config, counts, shapes, speeds, a_round)
     evaluation = evaluation_judge(config, config.evaluate) if config.evaluate else None
     judges: list[AnnotatorConfig] = [config.judge, *config.judge.also, *([evaluation] if evaluation else [])]
     models = list(missing_models(config, shapes, judges))
@@ -63,11 +64,10 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
         judging=judge_costs(config, counts, evaluation, a_round),
         stages=stages,
         machine=machine,
-        device_memory_gib=device_memory_gib(config, machine),
         run_dir_gib=needed,
         host_memory_gib=host_memory_gib(config, shapes),
         fine_tunes=config.sft is not None,
-        on_cpu=not config.cluster.gpus_per_worker,
+        on_cpu=not any(has_gpus(config, stage) for stage in STAGES),
         assumed=[*assumed, *_assumed(config, a_round or counts), *notes],
         missing=list(dict.fromkeys(missing)),
     )

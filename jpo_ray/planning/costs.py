@@ -1,6 +1,7 @@
 """What each stage that runs a model takes: items, tokens, steps, memory of a worker, time at a stated speed."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from jpo_ray.config import RunConfig, SampleConfig, TrainConfig
@@ -14,6 +15,8 @@ from jpo_ray.planning.shapes import ModelShapes
 # Flops per weight and token: a forward pass, and backward through a weight, and to it.
 FORWARD, THROUGH, TO = 2, 2, 2
 
+Speeds = Mapping[str, float]  # stage -> flops per second of all its workers
+
 
 @dataclass(frozen=True)
 class StageCost:
@@ -25,19 +28,15 @@ class StageCost:
     memory_gib: float | None = None  # of a worker
     seconds: float | None = None
 
-
-@dataclass(frozen=True)
-class Speed:
-    """Flops per second of a worker (GPU), or of all of them together where they share the cores."""
-
-    training: float
-    sampling: float
-    workers: int  # that are independent in speed
-    actors: int
+    @property
+    def stage(self) -> str:
+        """Of the config: the section that says what its workers have."""
+        name = self.name.partition(" ")[0].partition("/")[0]
+        return "sample" if name == "draw" else name
 
 
 def stage_costs(
-    config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed, a_round: Counts | None = None
+    config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speeds, a_round: Counts | None = None
 ) -> list[StageCost]:
     """In the order of the run. Without `shapes` memory and time are not known. `a_round` is what each round has."""
     found = [] if config.sft is None else [_sft(config, counts, shapes, speed)]
@@ -61,7 +60,7 @@ def times(number: int, cost: StageCost) -> StageCost:
     )
 
 
-def _sft(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
+def _sft(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speeds) -> StageCost:
     sft = config.sft
     assert sft is not None
     tokens = whole(product(counts.tokens.fine_tuning, sft.num_train_epochs))
@@ -73,11 +72,11 @@ def _sft(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: S
         steps=_steps(counts.fine_tuning, sft.items_per_step, sft.num_train_epochs),
         trained=shapes.parameters if shapes else None,
         memory_gib=training_gib(config, sft, shapes) if shapes else None,
-        seconds=_seconds(tokens, shapes.multiplied * passes if shapes else None, speed.training * speed.workers),
+        seconds=_seconds(tokens, shapes.multiplied * passes if shapes else None, speed["sft"]),
     )
 
 
-def _reference(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
+def _reference(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speeds) -> StageCost:
     both = 2 if any("mismatched" in entry.reads for entry in config.train) else 1
     tokens = whole(product(counts.tokens.compared, both))
     return StageCost(
@@ -85,7 +84,7 @@ def _reference(config: RunConfig, counts: Counts, shapes: ModelShapes | None, sp
         items=whole(product(total([split.items for split in counts.splits.values()]), both)),
         tokens=tokens,
         memory_gib=reference_gib(config, shapes) if shapes else None,
-        seconds=_seconds(tokens, shapes.multiplied * FORWARD if shapes else None, speed.training * speed.actors),
+        seconds=_seconds(tokens, shapes.multiplied * FORWARD if shapes else None, speed["reference"]),
     )
 
 
@@ -96,7 +95,7 @@ def train_comparisons(entry: TrainConfig, counts: Counts) -> int | None:
 
 
 def _train(
-    config: RunConfig, entry: TrainConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed
+    config: RunConfig, entry: TrainConfig, counts: Counts, shapes: ModelShapes | None, speed: Speeds
 ) -> StageCost:
     count = train_comparisons(entry, counts)
     like = config.train_entry(entry.steps_like) if entry.steps_like else entry
@@ -114,10 +113,10 @@ def _train(
     adapters = shapes.lora_parameters(entry.lora_target_modules, entry.lora_r) if entry.use_peft else 0
     passes = FORWARD + THROUGH + (FORWARD if entry.gradient_checkpointing else 0)
     each = shapes.multiplied * passes + (adapters * (passes + TO) if adapters else shapes.multiplied * TO)
-    seconds = _seconds(tokens, each, speed.training * speed.workers)
+    seconds = _seconds(tokens, each, speed["train"])
     if "mismatched" in entry.reads and seconds is not None:  # another item for each, scored without gradient
         alone = product(items, total([whole(means.instruction), whole(means.response)]))
-        seconds += _seconds(alone, shapes.multiplied * FORWARD, speed.training * speed.workers) or 0.0
+        seconds += _seconds(alone, shapes.multiplied * FORWARD, speed["train"]) or 0.0
     return replace(
         found,
         trained=adapters or shapes.parameters,
@@ -152,17 +151,17 @@ def responses_asked(config: RunConfig, counts: Counts) -> int | None:
     return some * models * len(sample.temperatures) * sample.samples_per_instruction
 
 
-def _drawn(config: RunConfig, a_round: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
+def _drawn(config: RunConfig, a_round: Counts, shapes: ModelShapes | None, speed: Speeds) -> StageCost:
     """The samples that a round trains on."""
     return _generated("draw", a_round.splits["train"].items, config, a_round, shapes, speed)
 
 
-def _sample(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed) -> StageCost:
+def _sample(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speeds) -> StageCost:
     return _generated("sample", responses_asked(config, counts), config, counts, shapes, speed)
 
 
 def _generated(
-    name: str, responses: int | None, config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speed
+    name: str, responses: int | None, config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speeds
 ) -> StageCost:
     """As long as the data's own responses are, or as is allowed."""
     most = (config.sample or SampleConfig()).max_new_tokens
@@ -172,7 +171,7 @@ def _generated(
         responses,
         tokens,
         memory_gib=sampling_gib(config, shapes) if shapes else None,
-        seconds=_seconds(tokens, shapes.multiplied * FORWARD if shapes else None, speed.sampling * speed.actors),
+        seconds=_seconds(tokens, shapes.multiplied * FORWARD if shapes else None, speed["sample"]),
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jpo_ray.config import RunConfig
-from jpo_ray.planning.costs import Speed
 from jpo_ray.planning.memory import GIB
+from jpo_ray.planning.workers import STAGES, devices_of, has_gpus, workers_of
 
 GPU_MEMORY_GIB = 80.0  # where none is here to be asked
 GPU_TFLOPS = 989.0  # 16-bit matrix peak of an H100 (SXM) by its data sheet
@@ -57,32 +57,31 @@ def _gpus() -> tuple[list[str], list[float]]:
     return [name.strip() for name, _, _ in rows], [float(memory) / 1024 for _, _, memory in rows]
 
 
-def device_memory_gib(config: RunConfig, machine: Machine) -> float:
-    """Of a worker: its GPU's, or without GPUs its share of the machine's."""
+def device_memory_gib(config: RunConfig, machine: Machine, stage: str) -> float:
+    """Of a worker of the stage: its GPU's, or without GPUs its share of the machine's."""
     if config.plan.device_memory_gib:
         return config.plan.device_memory_gib
-    if config.cluster.gpus_per_worker:
+    if has_gpus(config, stage):
         return machine.gpu_memory_gib or GPU_MEMORY_GIB
-    return machine.memory_gib / max(config.cluster.num_workers * config.cluster.trainings_at_once, 1)
+    at_once = config.cluster.trainings_at_once if stage == "train" else 1
+    return machine.memory_gib / (workers_of(config, stage) * at_once)
 
 
-def stated_speed(config: RunConfig, machine: Machine) -> tuple[Speed, list[str]]:
-    """Speeds, and what was assumed for them in words. Workers without GPUs share the machine's cores."""
-    plan, cluster = config.plan, config.cluster
-    if cluster.gpus_per_worker:
-        peak, mfu = plan.peak_tflops or GPU_TFLOPS, GPU_MFU if plan.mfu is None else plan.mfu
-        said = (
-            f"speed: {peak:g} TFLOPS a GPU (plan.peak_tflops), of which training and scoring reach {mfu:.0%} (plan.mfu)"
+def stated_speeds(config: RunConfig, machine: Machine) -> tuple[dict[str, float], list[str]]:
+    """Flops per second of each stage, all its workers together, and what was assumed for them in words.
+
+    Workers without GPUs share the machine's cores.
+    """
+    plan, found, said = config.plan, {}, {}
+    for stage in STAGES:
+        on_gpus = has_gpus(config, stage)
+        peak = plan.peak_tflops or (GPU_TFLOPS if on_gpus else machine.cores * CORE_TFLOPS)
+        mfu = plan.mfu if plan.mfu is not None else GPU_MFU if on_gpus else CPU_MFU
+        share = plan.sample_mfu if stage == "sample" else mfu
+        found[stage] = max(1.0, peak * 1e12 * share * (devices_of(config, stage) if on_gpus else 1))
+        what = "a GPU" if on_gpus else f"of {machine.cores} cores"
+        said[on_gpus] = (
+            f"speed: {peak:g} TFLOPS {what} (plan.peak_tflops), of which training and scoring reach {mfu:.0%} "
+            f"(plan.mfu) and sampling {plan.sample_mfu:.0%} (plan.sample_mfu)"
         )
-        workers, actors = cluster.num_workers, cluster.num_actors
-    else:
-        peak = plan.peak_tflops or machine.cores * CORE_TFLOPS
-        mfu = CPU_MFU if plan.mfu is None else plan.mfu
-        said = (
-            f"speed: {peak:g} TFLOPS of {machine.cores} cores (plan.peak_tflops), of which training and scoring reach "
-            f"{mfu:.0%} (plan.mfu)"
-        )
-        workers = actors = 1
-    flops = peak * 1e12
-    speed = Speed(max(flops * mfu, 1.0), max(flops * plan.sample_mfu, 1.0), workers, actors)
-    return speed, [f"{said} and sampling {plan.sample_mfu:.0%} (plan.sample_mfu)"]
+    return found, list(said.values())

@@ -9,6 +9,7 @@ import math
 
 from jpo_ray.config import OptimizerConfig, RunConfig, TrainConfig
 from jpo_ray.planning.shapes import ModelShapes
+from jpo_ray.planning.workers import has_gpus, workers_of
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -25,25 +26,26 @@ def frozen_bytes(config: RunConfig, shapes: ModelShapes) -> float:
     return linear * (NF4 if config.model.load_in_4bit else each) + (shapes.parameters - linear) * each
 
 
-def resident_gib(config: RunConfig) -> float:
-    return GPU_GIB if config.cluster.gpus_per_worker else CPU_GIB
+def resident_gib(config: RunConfig, stage: str) -> float:
+    return GPU_GIB if has_gpus(config, stage) else CPU_GIB
 
 
 def reference_gib(config: RunConfig, shapes: ModelShapes) -> float:
     """Weights, and what one layer makes of a micro-batch."""
     passing = SCORED_AT_ONCE * BYTES[config.model.dtype] * (4 * shapes.width + 3 * shapes.inner_width)
-    return (frozen_bytes(config, shapes) + passing) / GIB + resident_gib(config)
+    return (frozen_bytes(config, shapes) + passing) / GIB + resident_gib(config, "reference")
 
 
 def sampling_gib(config: RunConfig, shapes: ModelShapes) -> float:
     """Weights and a small cache of keys and values; vLLM takes what more there is for a larger one."""
     parts = config.sample.tensor_parallel_size if config.sample else 1
-    return shapes.parameters * BYTES[config.model.dtype] / parts / GIB + resident_gib(config) + 1.0
+    return shapes.parameters * BYTES[config.model.dtype] / parts / GIB + resident_gib(config, "sample") + 1.0
 
 
 def training_gib(config: RunConfig, trainer: OptimizerConfig, shapes: ModelShapes) -> float:
     """The least that a worker needs: weights, gradients, optimizer, the activations of one micro-batch."""
-    workers = config.cluster.num_workers if trainer.sharding == "fsdp2" else 1
+    stage = "train" if isinstance(trainer, TrainConfig) else "sft"
+    workers = workers_of(config, stage) if trainer.sharding == "fsdp2" else 1
     layer = shapes.parameters / max(1, shapes.layers)
     state = 4 + 4 + OPTIMIZER_BYTES[trainer.optim]
     if isinstance(trainer, TrainConfig) and trainer.use_peft:
@@ -58,7 +60,7 @@ def training_gib(config: RunConfig, trainer: OptimizerConfig, shapes: ModelShape
     if workers > 1:  # a layer, or the embeddings, gathered whole
         held += 4 * max(layer, *map(math.prod, shapes.tensors.values()))
     kept = trainer.max_micro_batch_tokens * activation_bytes(config, trainer, shapes)
-    return (held + kept) / GIB + resident_gib(config)
+    return (held + kept) / GIB + resident_gib(config, stage)
 
 
 def activation_bytes(config: RunConfig, trainer: OptimizerConfig, shapes: ModelShapes) -> float:

@@ -15,6 +15,7 @@ from jpo_ray.planning.costs import StageCost
 from jpo_ray.planning.machine import Machine, device_memory_gib
 from jpo_ray.planning.memory import BYTES, GIB
 from jpo_ray.planning.shapes import ModelShapes, base_name, model_folder, weight_files
+from jpo_ray.planning.workers import STAGES, gpus_of, workers_of
 
 CHECKPOINT_BYTES = 12  # of a parameter: itself and two moments in float32
 
@@ -52,17 +53,17 @@ def missing_keys(judges: Sequence[AnnotatorConfig]) -> Iterator[str]:
 
 def missing_machine(config: RunConfig, machine: Machine, costs: Sequence[StageCost]) -> Iterator[str]:
     """GPUs and memory; of a cluster elsewhere nothing is known."""
-    cluster = config.cluster
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         yield f"not looked at: the cluster at {address}; what is said of GPUs and memory is about this machine"
-    wanted = max(cluster.num_workers * cluster.trainings_at_once, cluster.num_actors) * cluster.gpus_per_worker
+    wanted = max(gpus_of(config, stage) for stage in STAGES)
     if wanted > machine.gpus:
         yield f"GPUs: the config asks for {wanted:g}, this machine has {machine.gpus}"
-    room = device_memory_gib(config, machine)
-    short = [cost for cost in costs if cost.memory_gib is not None and cost.memory_gib > room]
+    rooms = {cost.name: device_memory_gib(config, machine, cost.stage) for cost in costs}
+    short = [cost for cost in costs if cost.memory_gib is not None and cost.memory_gib > rooms[cost.name]]
     if short:
         worst = max(short, key=lambda cost: cost.memory_gib or 0.0)
+        room = rooms[worst.name]
         yield (
             f"memory: {', '.join(cost.name for cost in short)} need up to {worst.memory_gib:.0f} GiB a worker, there "
             f"are {room:.0f}; lower max_micro_batch_tokens, or set gradient_checkpointing, load_in_4bit or fsdp2"
@@ -85,8 +86,11 @@ def disk_gib(config: RunConfig, shapes: ModelShapes | None) -> float | None:
 
 def host_memory_gib(config: RunConfig, shapes: ModelShapes | None) -> float | None:
     """Of all workers while a sharded model is loaded: each reads the whole of it before it keeps its slice."""
-    sharded = any(trainer and trainer.sharding == "fsdp2" for trainer in (config.sft, *config.train))
-    return config.cluster.num_workers * shapes.parameters * 4 / GIB if shapes and sharded else None
+    sft = ["sft"] if config.sft and config.sft.sharding == "fsdp2" else []
+    sharded = [*sft, *("train" for entry in config.train if entry.sharding == "fsdp2")]
+    if shapes is None or not sharded:
+        return None
+    return max(workers_of(config, stage) for stage in sharded) * shapes.parameters * 4 / GIB
 
 
 def hub_notes(config: RunConfig, needs_hub: bool) -> Iterator[str]:

@@ -19,7 +19,6 @@ class Plan:
     judging: list[JudgeCost]
     stages: list[StageCost]
     machine: Machine
-    device_memory_gib: float  # of a worker
     run_dir_gib: float | None
     host_memory_gib: float | None
     fine_tunes: bool

@@ -7,12 +7,15 @@ import pytest
 from jpo_ray.config import JointPairs, RunConfig, TrainConfig
 from jpo_ray.config_file import parse_config
 from jpo_ray.planning.batching import shared_items
-from jpo_ray.planning.costs import Speed, responses_asked, stage_costs, train_comparisons
+from jpo_ray.planning.costs import responses_asked, stage_costs, train_comparisons
 from jpo_ray.planning.counts import Counts, count_all, total
 from jpo_ray.planning.judging import judge_costs, judged_pairs
 from jpo_ray.planning.lengths import STATED, UNKNOWN, product, whole
+from jpo_ray.planning.machine import Machine, device_memory_gib, stated_speeds
 from jpo_ray.planning.rounds import counts_of_a_round
+from jpo_ray.planning.workers import gpus_of
 
+SPEEDS = dict.fromkeys(("sft", "reference", "train", "sample"), 1.0)
 PLAN = {"train_instructions": 1000, "test_instructions": 50, "instruction_tokens": 30, "response_tokens": 20}
 
 
@@ -41,7 +44,7 @@ def test_what_is_not_known_stays_so() -> None:
     assert found.splits["validation"].instructions == 0  # the config has none
     assert found.fine_tuning is None
     assert found.tokens.compared is None
-    assert [cost.steps for cost in stage_costs(config(plan={}), found, None, Speed(1, 1, 1, 1))] == [None] * 4
+    assert [cost.steps for cost in stage_costs(config(plan={}), found, None, SPEEDS)] == [None] * 4
 
 
 def test_stated_counts_by_hand() -> None:
@@ -128,7 +131,7 @@ def test_steps_follow_from_counts() -> None:
         {"name": "long", "objective": "dpo", "protocols": ["conditional"], "steps_like": "jpo"},
     ]
     settings = config(train=entries, sft={"num_train_epochs": 1, "items_per_step": 12})
-    found = {cost.name: cost for cost in stage_costs(settings, counted(settings), None, Speed(1, 1, 1, 1))}
+    found = {cost.name: cost for cost in stage_costs(settings, counted(settings), None, SPEEDS)}
     steps = {name: cost.steps for name, cost in found.items()}
     assert steps == {"sft": 84, "reference": None, "train/jpo": 82, "train/dpo": 21, "train/long": 82, "sample": None}
     assert found["train/dpo"].items == 1300
@@ -162,9 +165,25 @@ def test_rounds_by_hand() -> None:
     assert each.preferences == {"conditional": 390, "joint": 130}
     judge = judge_costs(settings, counts, None, each)[0]
     assert (judge.comparisons, judge.requests) == (2400, 4800)
-    found = {cost.name: cost for cost in stage_costs(settings, counts, None, Speed(1, 1, 1, 1), each)}
+    found = {cost.name: cost for cost in stage_costs(settings, counts, None, SPEEDS, each)}
     assert list(found) == ["sft", "draw x3", "reference x3", "train/jpo-1", "train/jpo-2", "train/jpo-3", "sample"]
     assert found["draw x3"].items == 1800
     assert found["reference x3"].tokens == 3 * 600 * 50
     assert found["train/jpo-2"].steps == 17
     assert found["sample"].items == 50 * 4 * 3  # the SFT model's and each round's
+
+
+def test_gpus_and_speeds_of_stages() -> None:
+    """Four workers; two sampling engines on two GPUs each; two trainings side by side hold eight."""
+    cluster = {"num_workers": 4, "num_actors": 2, "gpus_per_worker": 1, "trainings_at_once": 2}
+    settings = config(cluster=cluster, sample={"tensor_parallel_size": 2}, plan={"peak_tflops": 100, "mfu": 0.5})
+    assert [gpus_of(settings, stage) for stage in ("sft", "reference", "train", "sample")] == [4, 2, 8, 4]
+    machine = Machine(0, "", None, cores=8, memory_gib=64.0, free_disk_gib=100.0)
+    speeds, [said] = stated_speeds(settings, machine)
+    assert speeds == {"pairs": 1e14, "sft": 2e14, "reference": 1e14, "train": 2e14, "sample": 2e13}
+    assert "100 TFLOPS a GPU" in said
+    assert device_memory_gib(settings, machine, "train") == 80.0
+    alone = config(cluster={"num_workers": 2})
+    speeds, [said] = stated_speeds(alone, machine)
+    assert speeds["sft"] == pytest.approx(8 * 0.1e12 * 0.5)  # the cores, however many workers share them
+    assert device_memory_gib(alone, machine, "sft") == 32.0
