@@ -42,7 +42,7 @@ def main() -> None:
             count = 2 * arguments.comparisons // degree
             world = make_world(config, arguments.run_dir / f"seed-{seed}", settings, arguments, degree, count)
             *_, end = train_curve(world, settings, points=1)
-            row = {"seed": seed, "degree": degree, "items": count, "comparisons": len(world.data.train)}
+            row = {"seed": seed, "degree": degree, "items": count, "comparisons": world.data.train.count}
             row |= {"passes": end["items"]} | {name: end[name] for name in ("seconds", "accuracy", "win_rate")}
             found.append(row)
             console.print("  " + ", ".join(f"{name} {value:.5g}" for name, value in row.items()))

@@ -45,7 +45,7 @@ from jpo_ray.engine.jobs import layout_of
 from jpo_ray.engine.model import load_model, load_policy, load_tokenizer
 from jpo_ray.engine.scoring import make_scorer, response_embeddings
 from jpo_ray.engine.step import score_all
-from jpo_ray.feedback.closure import implied_rows, item_graph
+from jpo_ray.feedback.closure import implied_table, item_graph, judged_edges
 from jpo_ray.feedback.judge import comparisons_of, judge, preferences
 from jpo_ray.feedback.strengths import fit_strengths
 from jpo_ray.files import write_json
@@ -157,7 +157,9 @@ def curve(pool: Pool, strategy: str, arguments: argparse.Namespace) -> Iterator[
                 known = replace(facts, reward=_rewards(pool, policy))
             elif strategy == "uncertainty":
                 rows = [pool.judgments[number] for number in np.flatnonzero(judged).tolist()]
-                known = with_strengths(facts, pool.ids, pool.pairs, rows, pool.config.seed)
+                known = with_strengths(
+                    facts, pool.ids, pool.pairs, pa.Table.from_pylist(rows, records.JUDGMENTS), pool.config.seed
+                )
             seed = pool.config.seed * 1000 + int(judged.sum())
             judged[choose_next(chosen_by, pool.first, pool.second, judged, known, step, seed)] = True
         world, settings = _world(pool, np.flatnonzero(judged), arguments, closure=strategy == "closure")
@@ -174,12 +176,12 @@ def _world(
     pool: Pool, numbers: np.ndarray, arguments: argparse.Namespace, *, closure: bool
 ) -> tuple[World, TrainConfig]:
     """The judged comparisons as training data, and as many epochs as make the wanted updates."""
-    rows = [pool.judgments[number] for number in numbers.tolist()]
-    training = preferences(pool.pairs, rows)
+    rows = pa.Table.from_pylist([pool.judgments[number] for number in numbers.tolist()], records.JUDGMENTS)
+    training = preferences(pool.pairs, rows).to_pylist()
     if closure:
-        graph = item_graph(pool.pairs, rows, "train")
+        graph = item_graph(judged_edges(pool.pairs, rows, "train"))
         fitted = fit_strengths(len(graph.ids), graph.first, graph.second, graph.outcome, pool.config.seed)
-        training += implied_rows(graph, fitted, pool.items, **CLOSURE, seed=pool.config.seed)
+        training += implied_table(graph, fitted, pool.items, **CLOSURE, seed=pool.config.seed).to_pylist()
     updates = arguments.updates * arguments.comparisons_per_step
     settings = mode_settings(pool.config, "graph", arguments).model_copy(
         update={"num_train_epochs": updates / len(training)}

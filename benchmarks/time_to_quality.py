@@ -87,7 +87,7 @@ def _measure(world: World, settings: dict[str, TrainConfig], points: int, consol
     named = {"pairs": BASELINE, "graph": "graph"}
     final = win_rates_of(world, [row | {"model": named[mode]} for mode in MODES for row in judged[mode]])
     return {
-        "train_comparisons": len(world.data.train),
+        "train_comparisons": world.data.train.count,
         "held_out_comparisons": len(world.data.validation),
         "sampled_instructions": len(world.golds),
         "settings": {mode: settings[mode].model_dump() for mode in MODES},

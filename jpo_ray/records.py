@@ -147,6 +147,12 @@ def pair_id(item_a: str, item_b: str, protocol: str) -> str:
     return content_id("pair", *sorted((item_a, item_b)), protocol)
 
 
+def pair_ids(lower: Sequence[str], higher: Sequence[str], protocol: str) -> list[str]:
+    """`pair_id` of many pairs whose items stand in order. Item ids are hexadecimal: JSON escapes nothing in them."""
+    texts = (f'["pair", "{one}", "{other}", "{protocol}"]' for one, other in zip(lower, higher, strict=True))
+    return [hashlib.sha256(text.encode()).hexdigest()[:ID_HEX_DIGITS] for text in texts]
+
+
 def write_table(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, schema: pa.Schema) -> pa.Table:
     """Write rows in `schema`'s column order; raises if a column is missing or of another type."""
     table = rows.select(schema.names).cast(schema) if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema)

@@ -16,6 +16,7 @@ ROWS = [
     ["files", "artifacts", "lease", "store"],
     ["store_lease", "stored"],
     ["records", "config_base", "runs"],
+    ["shards"],
     ["config_judge", "config_objective", "config_plan", "config_rounds"],
     ["config"],
     ["config_file", "cache"],

@@ -83,7 +83,8 @@ def joint_preferences(config: RunConfig, items: pa.Table, degree: int, count: in
         for a, b in named
     ]
     pairs = pa.Table.from_pylist(rows, records.PAIRS)
-    return preferences(pairs, judge(comparisons_of(pairs, items), oracle(config, config.judge)))
+    judgments = judge(comparisons_of(pairs, items), oracle(config, config.judge))
+    return preferences(pairs, pa.Table.from_pylist(judgments, records.JUDGMENTS)).to_pylist()  # type: ignore[no-any-return]
 
 
 def circulant_groups(count: int, group: int, degree: int, rng: np.random.Generator) -> tuple[Ints, Ints]:

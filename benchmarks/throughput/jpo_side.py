@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from jpo_ray.engine.dataset import EdgeList, PreferenceData
+from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData
 from jpo_ray.engine.model import add_lora
 from jpo_ray.engine.optim import make_optimizer
 from jpo_ray.engine.scoring import make_scorer
@@ -35,7 +35,7 @@ def run_jpo(job: Job, work: Work, batches: list[EdgeList]) -> Trace:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.enable_input_require_grads()
     nothing = work.edges.take(rows[:0])
-    data = PreferenceData(work.tokens, reference.numpy(), len(work.tokens), work.edges, nothing)
+    data = PreferenceData(work.tokens, reference.numpy(), len(work.tokens), EdgeShards.of(work.edges), nothing)
     scorer = make_scorer(policy)
     task = preference_task(scorer, data, config, SEED, len(batches))
     optimizer = make_optimizer(trainable(policy), config)

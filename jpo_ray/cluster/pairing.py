@@ -75,7 +75,7 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
     """
     rows, columns, limits = problem.rows, problem.columns, problem.limits
     nodes, columns_from = (len(rows), 0) if problem.symmetric else (len(rows) + len(columns), len(rows))
-    _check_limits(problem, nodes)
+    check_limits(problem, nodes)
     bins = problem.config.bins if STRATEGIES[problem.config.strategy].bins else 1
     keep = min(candidates_per_row(limits.budget, len(rows), bins), len(columns))
     search = problem.search(keep, bins)
@@ -119,7 +119,7 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
                     for size in np.unique(kept[deeper])]  # fmt: skip
         found = _replaced(found, deeper, parts_of, bins)
     if missing and not problem.at_most:
-        raise _too_few(problem, len(chosen.numbers), exact=exact, complete=not len(deeper))
+        raise too_few(problem, len(chosen.numbers), exact=exact, complete=not len(deeper))
     _check_least(problem, chosen.degree)
     table = {name: getattr(every, name)[chosen.numbers] for name in ("row", "column", "similarity")}
     return JointChoice(pa.table(table), notes)
@@ -215,7 +215,7 @@ def _nearness(near: Ints, row_parts: Ints, column_parts: Ints) -> Ints:
     return np.where(hit.any(axis=1), hit.argmax(axis=1), near.shape[1])
 
 
-def _check_limits(problem: JointProblem, nodes: int) -> None:
+def check_limits(problem: JointProblem, nodes: int) -> None:
     """Raise `InputError` where the limits contradict each other, whatever the similarities."""
     config, limits = problem.config, problem.limits
     key = problem.budget_key
@@ -281,7 +281,7 @@ def _mend(problem: JointProblem) -> str:
     return ", ".join(mends) or "add items of other instructions"
 
 
-def _too_few(problem: JointProblem, count: int, *, exact: bool = True, complete: bool = True) -> InputError:
+def too_few(problem: JointProblem, count: int, *, exact: bool = True, complete: bool = True) -> InputError:
     """The error of a band, groups or limits that leave fewer pairs than the budget."""
     where = _limits_text(problem)
     said = (

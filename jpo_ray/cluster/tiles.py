@@ -70,6 +70,17 @@ class Tiles:
 
         `turned`: the plan's rows are of the columns' side, and look for partners on the rows' side.
         """
+        tasks = self._parts(plan, search, parts, turned=turned)
+        every = joined(list(tasks), search.bins)
+        return by_row(replace(every, row=every.column, column=every.row) if turned else every)
+
+    def stream(self, plan: Plan, search: Search) -> Iterator[Candidates]:
+        """The same task by task, by row, with only one task's in memory; there must be a folder."""
+        assert self._folder is not None
+        return map(by_row, self._parts(plan, search, None, turned=False))
+
+    def _parts(self, plan: Plan, search: Search, parts: Ints | None, *, turned: bool) -> Iterator[Candidates]:
+        """What each task found, in the order of tasks, once all are done."""
         self._runs += 1
         # Not for blocks of all sizes: for every shape the quicker product compiles a kernel of its own.
         many = isinstance(plan, Exact) and len(plan.rows) * len(self._columns) >= QUICK_PAIRS
@@ -82,13 +93,14 @@ class Tiles:
         if parts is not None or turned:
             sides = self._ray.put((rows, columns))
         prefix = f"{self._runs}-{_digest(plan, search, rows, columns)}"
-        done = self._kept(prefix)
+        kept, done = self._kept(prefix), dict[int, bytes]()
         self._bar.begin(plan.tasks)
-        self._bar.advance(len(done))
-        left = [task for task in range(plan.tasks) if task not in done]
+        self._bar.advance(len(kept))
+        left = [task for task in range(plan.tasks) if task not in kept]
         for task, found in _tasks_on_ray(self._ray, sides, self._vectors, plan, left, search):
-            done[task] = found
-            if self._folder is not None:
+            if self._folder is None:
+                done[task] = found
+            else:
                 staged = self._folder / f".{prefix}-{task}"
                 with staged.open("wb") as file:
                     file.write(found)
@@ -96,15 +108,18 @@ class Tiles:
                     os.fsync(file.fileno())
                 staged.rename(self._folder / f"{prefix}-{task}.npz")
             self._bar.advance(1)
-        every = joined([_decoded(done.pop(task)) for task in sorted(done)], search.bins)
-        return by_row(replace(every, row=every.column, column=every.row) if turned else every)
+        for task in range(plan.tasks):
+            if self._folder is None:
+                yield _decoded(done.pop(task))
+            else:
+                yield _decoded((self._folder / f"{prefix}-{task}.npz").read_bytes())
 
-    def _kept(self, prefix: str) -> dict[int, bytes]:
+    def _kept(self, prefix: str) -> set[int]:
+        """Tasks that were done before a kill."""
         if self._folder is None:
-            return {}
+            return set()
         self._folder.mkdir(parents=True, exist_ok=True)
-        paths = self._folder.glob(f"{prefix}-*.npz")
-        return {int(path.stem.rsplit("-", 1)[1]): path.read_bytes() for path in paths}
+        return {int(path.stem.rsplit("-", 1)[1]) for path in self._folder.glob(f"{prefix}-*.npz")}
 
 
 def _digest(plan: Plan, search: Search, rows: Side, columns: Side) -> str:

@@ -7,7 +7,7 @@ keeps all comparisons of an instruction together; `phased` puts easy ones first.
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -174,29 +174,58 @@ def _incidence(first: Ints, second: Ints, rng: np.random.Generator) -> dict[int,
 
 
 class Schedule:
-    """The batch of each step, over epochs that may have different numbers of batches."""
+    """The batch of each step. An epoch is cut into batches part by part, the parts in a seeded order of each epoch's.
 
-    def __init__(self, epoch_batches: Callable[[int], list[Ints]], epochs: float, fixed: int | None) -> None:
-        """`fixed` is the number of batches per epoch, where it is the same for all; None: all epochs are made once."""
-        self._make = lru_cache(maxsize=1)(epoch_batches)
-        self._fixed = fixed
-        counts = [] if fixed else [len(epoch_batches(epoch)) for epoch in range(math.ceil(epochs))]
-        self._ends = np.cumsum(counts)
-        self.steps_per_epoch = fixed or counts[0]
-        if fixed:
-            self.total_steps = total_steps(fixed, epochs)
+    Epochs, and parts, may have different numbers of batches. One part at a time is in memory.
+    """
+
+    def __init__(
+        self,
+        part_batches: Callable[[int, int], list[Ints]],
+        epochs: float,
+        fixed: Sequence[int] | None,
+        *,
+        parts: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """`part_batches(epoch, part)` gives a part's batches.
+
+        `fixed` are the batches of each part, where they are the same in all epochs; None: all epochs are made once.
+        """
+        self._make = lru_cache(maxsize=1)(part_batches)
+        self._parts, self._seed = parts, seed
+        self._fixed = None if fixed is None else np.array(fixed, dtype=np.int64)
+        self._counts = [] if fixed is not None else [self._counted(epoch) for epoch in range(math.ceil(epochs))]
+        per_epoch = [int(counts.sum()) for counts in self._counts]
+        self._ends = np.cumsum(per_epoch)
+        if self._fixed is not None:
+            self.steps_per_epoch = int(self._fixed.sum())
+            self.total_steps = total_steps(self.steps_per_epoch, epochs)
         else:  # whole epochs, and of the last its share
-            whole = sum(counts[: math.floor(epochs)])
-            self.total_steps = max(1, whole + math.ceil((epochs % 1) * counts[-1]))
+            self.steps_per_epoch = per_epoch[0]
+            whole = sum(per_epoch[: math.floor(epochs)])
+            self.total_steps = max(1, whole + math.ceil((epochs % 1) * per_epoch[-1]))
 
-    def batch(self, step: int) -> Ints:
-        """The numbers of step `step`'s edges or items."""
-        if self._fixed:
-            epoch, place = divmod(step, self._fixed)
+    def batch(self, step: int) -> tuple[int, Ints]:
+        """The part of step `step`, and the numbers of its edges or items there."""
+        if self._fixed is not None:
+            epoch, place = divmod(step, self.steps_per_epoch)
+            counts = self._fixed
         else:
-            epoch = int(np.searchsorted(self._ends, step, side="right"))
+            epoch = min(int(np.searchsorted(self._ends, step, side="right")), len(self._counts) - 1)
             place = step - (int(self._ends[epoch - 1]) if epoch else 0)
-        return self._make(epoch)[place]
+            counts = self._counts[epoch]
+        order = self._order(epoch)
+        ends = np.cumsum(counts[order])
+        turn = int(np.searchsorted(ends, place, side="right"))
+        part = int(order[turn])
+        return part, self._make(epoch, part)[place - (int(ends[turn - 1]) if turn else 0)]
+
+    def _counted(self, epoch: int) -> Ints:
+        return np.array([len(self._make(epoch, part)) for part in range(self._parts)], dtype=np.int64)
+
+    def _order(self, epoch: int) -> Ints:
+        return np.random.default_rng([self._seed, epoch, 0x7368]).permutation(self._parts)
 
 
 def total_steps(steps_per_epoch: int, epochs: float) -> int:

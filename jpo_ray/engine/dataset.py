@@ -3,13 +3,15 @@
 Rows 0..n-1 are the items. For KTO, row n + i is a mismatched item: item i's instruction with another item's response.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jpo_ray.data.tokens import TokenizedItems
 
@@ -32,28 +34,68 @@ class EdgeList:
         return EdgeList(*(column[index] for column in self.__dict__.values()))
 
 
+class EdgeShards:
+    """Edges that are read shard by shard: at most one of them is held at a time."""
+
+    def __init__(self, sizes: Sequence[int], load: Callable[[int], EdgeList]) -> None:
+        """`sizes` are the edges of each shard, `load(number)` reads one."""
+        self.sizes = list(sizes)
+        self._load = lru_cache(maxsize=1)(load)
+
+    @classmethod
+    def of(cls, edges: EdgeList) -> "EdgeShards":
+        """One shard, which is at hand."""
+        return cls([len(edges)], lambda _: edges)
+
+    def __getitem__(self, number: int) -> EdgeList:
+        return self._load(number)
+
+    @property
+    def count(self) -> int:
+        """Edges of all shards."""
+        return sum(self.sizes)
+
+
 @dataclass(frozen=True)
 class PreferenceData:
     tokens: TokenizedItems
     # [rows, 2]: instruction part, response part; None where the objective needs no reference
     reference: npt.NDArray[np.float64] | None
     items: int  # rows that are items; the rest are mismatched
-    train: EdgeList
+    train: EdgeShards
     validation: EdgeList
     embeddings: npt.NDArray[np.float16] | None = None  # [items, D]: of the instructions, where the objective needs them
 
 
-def edge_list(preferences: pa.Table, row_of: dict[str, int], split: str, protocols: Sequence[str]) -> EdgeList:
-    """The edges of one split and the given protocols, in table order."""
-    rows = [row for row in preferences.to_pylist() if row["split"] == split and row["protocol"] in protocols]
-    return EdgeList(
-        chosen=np.array([row_of[row["chosen"]] for row in rows], dtype=np.int64),
-        rejected=np.array([row_of[row["rejected"]] for row in rows], dtype=np.int64),
-        joint=np.array([row["protocol"] == "joint" for row in rows], dtype=np.bool_),
-        weight=np.array([row["weight"] for row in rows], dtype=np.float32),
-        probability=np.array([row["probability"] for row in rows], dtype=np.float32),
-        gap=np.array([np.nan if row["gap"] is None else row["gap"] for row in rows], dtype=np.float32),
+def edge_list(preferences: pa.Table, ids: pa.Array, split: str, protocols: Sequence[str]) -> EdgeList:
+    """The edges of one split and the given protocols, in table order; `ids` are the items' ids, by row."""
+    of_kind = pc.and_(
+        pc.equal(preferences["split"], split), pc.is_in(preferences["protocol"], pa.array(protocols, pa.string()))
     )
+    some = preferences.filter(of_kind)
+    return EdgeList(
+        chosen=rows_of(some["chosen"], ids),
+        rejected=rows_of(some["rejected"], ids),
+        joint=pc.equal(some["protocol"], "joint").to_numpy().astype(np.bool_),
+        weight=some["weight"].to_numpy().astype(np.float32),
+        probability=some["probability"].to_numpy().astype(np.float32),
+        gap=pc.fill_null(some["gap"], np.nan).to_numpy().astype(np.float32),
+    )
+
+
+def joined(parts: Sequence[EdgeList]) -> EdgeList:
+    """Edges of several lists in one; at least one list."""
+    columns = zip(*(part.__dict__.values() for part in parts), strict=True)
+    return EdgeList(*(np.concatenate(column) for column in columns))
+
+
+def rows_of(column: pa.ChunkedArray, ids: pa.Array) -> npt.NDArray[np.int64]:
+    """The place of each id in `ids`, int64[E]. KeyError for one that is not there."""
+    found = pc.index_in(column, value_set=ids)
+    if found.null_count:
+        raise KeyError(column.filter(pc.is_null(found))[0].as_py())
+    rows: npt.NDArray[np.int64] = found.to_numpy().astype(np.int64)
+    return rows
 
 
 def mismatched_partners(instruction_ids: Sequence[str], seed: int) -> npt.NDArray[np.int64]:

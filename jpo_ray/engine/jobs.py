@@ -11,12 +11,12 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from jpo_ray import records
+from jpo_ray import records, shards
 from jpo_ray.config import BaseModelConfig, OptimizerConfig, SFTConfig, TrainConfig
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.adapters import record_base
 from jpo_ray.engine.checkpoints import newest_checkpoint
-from jpo_ray.engine.dataset import EdgeList, PreferenceData, edge_list, mismatched_rows
+from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData, edge_list, joined, mismatched_rows
 from jpo_ray.engine.loop import Progress, train
 from jpo_ray.engine.model import DTYPES, load_model, load_policy, load_tokenizer, weights_hash
 from jpo_ray.engine.scoring import Scorer, make_scorer
@@ -107,7 +107,7 @@ def train_preferences(
         record_base(out, inputs.model, weights, load_in_4bit=model.load_in_4bit)
     return state | {
         "truncated": data.tokens.truncated,
-        "comparisons": min(len(data.train), config.max_train_comparisons or len(data.train)),
+        "comparisons": min(data.train.count, config.max_train_comparisons or data.train.count),
         "items_per_comparison": _items_per_comparison(state),
         "validation_comparisons": len(data.validation),
     }
@@ -118,14 +118,12 @@ def load_preferences(
 ) -> PreferenceData:
     """Items, edges and what the objective reads besides. Raises `InputError` where an artifact lacks any of it."""
     items = records.read_table(inputs.items / "items.parquet", records.ITEMS).to_pylist()
-    preferences = records.read_table(inputs.judge / "preferences.parquet", records.PREFERENCES)
-    used = {*preferences["chosen"].to_pylist(), *preferences["rejected"].to_pylist()}
+    files = shards.files_of(inputs.judge / "preferences.parquet")
+    used = set(shards.distinct(files, ["chosen", "rejected"]).to_pylist())
     rows = [row for row in items if row["item_id"] in used]
     row_of = {row["item_id"]: number for number, row in enumerate(rows)}
-    train_edges, validation_edges = (
-        edge_list(preferences, row_of, split, config.protocols) for split in ("train", "validation")
-    )
-    if not len(train_edges):
+    train_edges, validation_edges = read_edges(files, pa.array(list(row_of), pa.string()), config)
+    if not train_edges.count:
         raise InputError(
             f"train.{config.name}: no decisive {' or '.join(config.protocols)} preferences to train on; "
             "check pairs, judge and train.protocols"
@@ -149,8 +147,38 @@ def load_preferences(
     )
 
 
-def _require_gaps(config: TrainConfig, *edges: EdgeList) -> None:
-    lacking, count = sum(int(np.isnan(some.gap).sum()) for some in edges), sum(map(len, edges))
+def read_edges(files: Sequence[Path], ids: pa.Array, config: TrainConfig) -> tuple[EdgeShards, EdgeList]:
+    """Training and validation edges of the entry's protocols; `ids` are the items' ids, by row."""
+    return _train_edges(files, ids, config), _validation_edges(files, ids, config)
+
+
+def _train_edges(files: Sequence[Path], ids: pa.Array, config: TrainConfig) -> EdgeShards:
+    """The shards with training edges of the entry's protocols."""
+    sizes = {file: _edges_in(file, "train", config) for file in files}
+    holding = [file for file, size in sizes.items() if size]
+
+    def load(number: int) -> EdgeList:
+        return edge_list(shards.read_shard(holding[number], records.PREFERENCES), ids, "train", config.protocols)
+
+    return EdgeShards([sizes[file] for file in holding], load)
+
+
+def _validation_edges(files: Sequence[Path], ids: pa.Array, config: TrainConfig) -> EdgeList:
+    """Those of all shards together: they are scored in one pass."""
+    tables = [
+        shards.read_shard(file, records.PREFERENCES) for file in files if _edges_in(file, "validation", config)
+    ] or [records.PREFERENCES.empty_table()]
+    return joined([edge_list(table, ids, "validation", config.protocols) for table in tables])
+
+
+def _edges_in(file: Path, split: str, config: TrainConfig) -> int:
+    kinds = shards.kinds_of(file)
+    return sum(kinds[split, protocol] for protocol in config.protocols)
+
+
+def _require_gaps(config: TrainConfig, train: EdgeShards, validation: EdgeList) -> None:
+    lacking, count = int(np.isnan(validation.gap).sum()), train.count + len(validation)
+    lacking += sum(int(np.isnan(train[number].gap).sum()) for number in range(len(train.sizes)))
     if lacking:
         needing = "a curriculum by gap" if all(term.objective != "odpo" for term in config.terms) else "odpo"
         raise InputError(

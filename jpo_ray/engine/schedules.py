@@ -4,6 +4,7 @@ The batches themselves are cut in `batches.py`.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -12,37 +13,81 @@ import numpy.typing as npt
 from jpo_ray.config import TrainConfig
 from jpo_ray.engine import batches
 from jpo_ray.engine.batches import Schedule
-from jpo_ray.engine.dataset import EdgeList, PreferenceData
+from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData
 from jpo_ray.engine.step import Rows
 
 
-def training_edges(data: PreferenceData, config: TrainConfig, seed: int) -> EdgeList:
+def training_edges(data: PreferenceData, config: TrainConfig, seed: int) -> EdgeShards:
     """The training edges, or a seeded subset of `max_train_comparisons`; subsets of one seed are nested.
 
-    Of objectives that join lists, as many whole lists as fit in it, and one at least.
+    Of objectives that join lists, as many whole lists as fit in it, and one at least. Every shard gives its share.
     """
     edges, limit = data.train, config.max_train_comparisons
-    if limit is None or limit >= len(edges):
+    if limit is None or limit >= edges.count:
         return edges
-    rng = np.random.default_rng([seed, 0xED6E])
+    numbers, quota = _shares(edges.sizes, limit)
+    order_of = [[seed, 0xED6E, number] if len(edges.sizes) > 1 else [seed, 0xED6E] for number in numbers]
+
+    def load(place: int) -> EdgeList:
+        rng = np.random.default_rng(order_of[place])
+        whole = edges[numbers[place]]
+        return whole.take(_subset(data, whole, quota[place], rng, lists=config.joins == "lists"))
+
     if config.joins != "lists":
-        return edges.take(rng.permutation(len(edges))[:limit])
+        return EdgeShards(quota, load)
+    return EdgeShards([len(load(place)) for place in range(len(numbers))], load)
+
+
+def _shares(sizes: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
+    """The shards that give edges to a subset of `limit`, and how many each: in proportion to its size.
+
+    A larger subset takes no fewer of any (Sainte-Lague's method: the edges of a shard of n are due at (k + 1/2) / n).
+    """
+    of_size = np.array(sizes)
+    low = np.maximum(np.floor(limit / of_size.sum() * of_size - 2), 0).astype(np.int64)  # no shard gives fewer
+    due = [
+        ((taken + np.arange(min(6, size - taken)) + 0.5) / size, number)
+        for number, (taken, size) in enumerate(zip(low.tolist(), sizes, strict=True))
+    ]
+    when = np.concatenate([times for times, _ in due])
+    whose = np.concatenate([np.full(len(times), number) for times, number in due])
+    first = np.argsort(when, kind="stable")[: limit - int(low.sum())]
+    quota = low + np.bincount(whose[first], minlength=len(sizes))
+    numbers = np.flatnonzero(quota)
+    return numbers.tolist(), quota[numbers].tolist()
+
+
+def _subset(data: PreferenceData, edges: EdgeList, limit: int, rng: np.random.Generator, *, lists: bool) -> Rows:
+    if not lists:
+        return rng.permutation(len(edges))[:limit]
     _, list_of, sizes = np.unique(lists_of(data, edges), return_inverse=True, return_counts=True)
     order = rng.permutation(len(sizes))
     fitting = max(1, int((np.cumsum(sizes[order]) <= limit).sum()))
-    return edges.take(np.flatnonzero(np.isin(list_of, order[:fitting])))
+    return np.flatnonzero(np.isin(list_of, order[:fitting]))
 
 
-def preference_schedule(data: PreferenceData, edges: EdgeList, config: TrainConfig, seed: int) -> Schedule:
-    """Which of the edges each step sees."""
-    make = _batch_maker(data, edges, config)
-    limits = batches.Limits(config.comparisons_per_step, config.max_batch_tokens, data.tokens.lengths)
+class EdgeSchedule:
+    """Which edges each step sees: shard after shard, in an order of each epoch's, batches of one shard's edges."""
 
-    def epoch_batches(epoch: int) -> list[Rows]:
-        return make(edges.chosen, edges.rejected, limits, seed, epoch)
+    def __init__(self, data: PreferenceData, edges: EdgeShards, config: TrainConfig, seed: int) -> None:
+        self._edges = edges
+        limits = batches.Limits(config.comparisons_per_step, config.max_batch_tokens, data.tokens.lengths)
 
-    fixed = math.ceil(len(edges) / limits.comparisons) if config.counts_steps else None
-    return Schedule(epoch_batches, config.num_train_epochs, fixed)
+        def part_batches(epoch: int, part: int) -> list[Rows]:
+            some = edges[part]
+            return _batch_maker(data, some, config)(some.chosen, some.rejected, limits, seed, epoch)
+
+        fixed = [math.ceil(size / limits.comparisons) for size in edges.sizes] if config.counts_steps else None
+        self._schedule = Schedule(part_batches, config.num_train_epochs, fixed, parts=len(edges.sizes), seed=seed)
+        self.steps_per_epoch, self.total_steps = self._schedule.steps_per_epoch, self._schedule.total_steps
+
+    def numbers(self, step: int) -> tuple[int, Rows]:
+        """The shard of a step, and its edges' numbers there."""
+        return self._schedule.batch(step)
+
+    def batch(self, step: int) -> EdgeList:
+        part, numbers = self.numbers(step)
+        return self._edges[part].take(numbers)
 
 
 def validation_batches(data: PreferenceData, config: TrainConfig, seed: int) -> list[Rows]:

@@ -24,7 +24,7 @@ from jpo_ray.engine.objective import (
     weighted_mean,
 )
 from jpo_ray.engine.reference import check_reference
-from jpo_ray.engine.schedules import preference_schedule, training_edges, validation_batches
+from jpo_ray.engine.schedules import EdgeSchedule, training_edges, validation_batches
 from jpo_ray.engine.scoring import Scorer
 from jpo_ray.engine.step import Rows, accumulate_gradients, score_all
 from jpo_ray.engine.throughput import Meter
@@ -35,13 +35,12 @@ def preference_task(
     scorer: Scorer, data: PreferenceData, config: TrainConfig, seed: int, total_steps: int | None = None
 ) -> Task:
     """Train on the edges of `data`. Held out are its validation edges; `total_steps` overrides the epochs."""
-    edges = training_edges(data, config, seed)
     keep_tokens = tokens_to_keep(scorer, data.tokens, config.activation_memory_gib)
     meter = Meter(scorer)
-    schedule = preference_schedule(data, edges, config, seed)
+    schedule = EdgeSchedule(data, training_edges(data, config, seed), config, seed)
 
     def gradients(step: int) -> Metrics:
-        batch = edges.take(schedule.batch(step))
+        batch = schedule.batch(step)
         started = time.monotonic()
         outcome, scores, rows = _preference_gradients(scorer, data, batch, config, step, keep_tokens)
         elapsed = max(time.monotonic() - started, 1e-9)
@@ -81,7 +80,8 @@ def check_margins(scorer: Scorer, data: PreferenceData, config: TrainConfig, dty
     """Refuse a stale cache: before the first update the policy's log-probs are the reference's (nats per token)."""
     assert data.reference is not None
     scorer.model.eval()  # a model's own dropout would look like another model
-    rows = batch_rows(data, data.train.take(np.arange(min(len(data.train), config.comparisons_per_step))), config)
+    some = data.train[0]
+    rows = batch_rows(data, some.take(np.arange(min(len(some), config.comparisons_per_step))), config)
     fresh = score_all(scorer, data.tokens, rows, max_tokens=config.max_micro_batch_tokens)
     return check_reference(fresh.cpu().numpy(), data.reference[rows], data.tokens.lengths[rows], dtype)
 
@@ -122,13 +122,13 @@ def sft_task(
     keep_tokens = tokens_to_keep(scorer, tokens, config.activation_memory_gib)
     meter = Meter(scorer)
 
-    def epoch_batches(epoch: int) -> list[Rows]:
+    def epoch_batches(epoch: int, _: int) -> list[Rows]:
         return batches.shuffled(len(train), config.items_per_step, seed, epoch)
 
-    schedule = Schedule(epoch_batches, config.num_train_epochs, math.ceil(len(train) / config.items_per_step))
+    schedule = Schedule(epoch_batches, config.num_train_epochs, [math.ceil(len(train) / config.items_per_step)])
 
     def gradients(step: int) -> Metrics:
-        rows = np.sort(train[schedule.batch(step)])
+        rows = np.sort(train[schedule.batch(step)[1]])
         response_tokens = int(tokens.response_tokens[rows].sum())
         started = time.monotonic()
         scores = accumulate_gradients(

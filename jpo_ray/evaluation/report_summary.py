@@ -54,8 +54,8 @@ def _read(run: RunDir, artifact: str, standing: Mapping[str, Manifest]) -> Any:
 
 
 def _judges(run: RunDir, standing: Mapping[str, Manifest]) -> dict[str, Any] | None:
-    """What the run's judgments say of its judges, as `jpo analyze` does; None where nothing was judged."""
-    if not {"items", "pairs", "judge"} <= standing.keys():
+    """What the run's judgments say of its judges, as `jpo analyze` does; None where nothing was judged, or millions."""
+    if not {"items", "pairs", "judge"} <= standing.keys() or (run.path("pairs") / "pairs.parquet").is_dir():
         return None
     compared = compared_in(run)
     found = analysis_of(list(judged_rows(compared, compared.judgments)), [])

@@ -1,6 +1,8 @@
 """What a run directory holds: the artifacts that stand, their counts, seconds and versions, and what is missing."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from jpo_ray import shards
 from jpo_ray.artifacts import Manifest
 from jpo_ray.config import RunConfig
 from jpo_ray.files import read_json
 from jpo_ray.records import PROTOCOLS, SPLITS
 from jpo_ray.runs import RunDir
 
+MOST_SHOWN = 2**20  # values that a histogram is made of
 IN_ROUNDS = ("pairs", "judge", "reference")
 # A config section that can be null, and what its absence means.
 OFF = {
@@ -112,11 +116,16 @@ def spent(run: RunDir, standing: Mapping[str, Manifest]) -> dict[str, dict[str, 
     """Judgments, tokens and US dollars of each artifact that judges."""
     found = {}
     for artifact in ("judge", "evaluate", "tournament"):
-        table = read_columns(run, f"{artifact}/judgments.parquet", ["tokens", "cost"]) if artifact in standing else None
-        if table is not None:
-            tokens, cost = (pc.sum(table[name]).as_py() or 0 for name in ("tokens", "cost"))
-            found[artifact] = {"judgments": table.num_rows, "tokens": tokens, "cost": cost}
+        path = run.path(artifact) / "judgments.parquet"
+        if artifact in standing and path.exists():
+            each = [_spent_in(file) for file in shards.files_of(path)]
+            found[artifact] = {name: sum(one[name] for one in each) for name in ("judgments", "tokens", "cost")}
     return found
+
+
+def _spent_in(file: Path) -> dict[str, Any]:
+    table = pq.read_table(file, columns=["tokens", "cost"])
+    return {"judgments": len(table)} | {name: pc.sum(table[name]).as_py() or 0 for name in ("tokens", "cost")}
 
 
 def funnel(run: RunDir, standing: Mapping[str, Manifest]) -> dict[str, Any]:
@@ -164,56 +173,62 @@ def _item_counts(run: RunDir) -> dict[str, Any]:
 
 
 def _comparison_counts(run: RunDir, judged: bool) -> list[dict[str, Any]]:
-    """Rows of protocol and split; without judgments only the pairs are counted."""
-    pairs = read_columns(run, "pairs/pairs.parquet", ["pair_id", "protocol", "split"])
-    if pairs is None:
+    """Rows of protocol and split; without judgments only the pairs are counted. Shard by shard."""
+    pairs = run.path("pairs") / "pairs.parquet"
+    if not pairs.exists():
         return []
-    totals = _by_kind(pairs)
-    verdicts: dict[str, dict[tuple[str, str], int]] = {}
-    judgments = None
-    if judged:
-        names = ["pair_id", "annotator", "verdict", "verdict_ab", "verdict_ba"]
-        judgments = read_columns(run, "judge/judgments.parquet", names)
-    if judgments is not None:
-        if len(judgments):  # preferences are the first annotator's; others judge the same pairs
-            judgments = judgments.filter(pc.equal(judgments["annotator"], judgments["annotator"][0]))
-        verdicts = _verdict_counts(pairs.join(judgments, keys="pair_id", join_type="inner"))
-        preferences = read_columns(run, "judge/preferences.parquet", ["protocol", "split"])
-        verdicts["preferences"] = {} if preferences is None else _by_kind(preferences)
-    kinds = [(protocol, split) for protocol in PROTOCOLS for split in SPLITS if totals.get((protocol, split))]
+    totals = shards.kinds_of_all(shards.files_of(pairs))
+    verdicts: dict[str, Counter[shards.Kind]] = {}
+    judgments = run.path("judge") / "judgments.parquet"
+    if judged and judgments.exists():
+        for name in shards.shard_names(judgments):
+            found = _verdict_counts(
+                pairs if name is None else pairs / name, judgments if name is None else judgments / name
+            )
+            verdicts = {kind: verdicts.get(kind, Counter()) + counts for kind, counts in found.items()}
+        preferences = run.path("judge") / "preferences.parquet"
+        verdicts["preferences"] = (
+            shards.kinds_of_all(shards.files_of(preferences)) if preferences.exists() else Counter()
+        )
+    kinds = [(protocol, split) for protocol in PROTOCOLS for split in SPLITS if totals[split, protocol]]
     return [
-        {"protocol": protocol, "split": split, "pairs": totals[protocol, split]}
-        | {name: counts.get((protocol, split), 0) for name, counts in verdicts.items()}
+        {"protocol": protocol, "split": split, "pairs": totals[split, protocol]}
+        | {name: counts[split, protocol] for name, counts in verdicts.items()}
         for protocol, split in kinds
     ]
 
 
-def _verdict_counts(judged: pa.Table) -> dict[str, dict[tuple[str, str], int]]:
+def _verdict_counts(pairs: Path, judgments: Path) -> dict[str, Counter[shards.Kind]]:
+    """Of one shard; preferences are the first annotator's, others judge the same pairs."""
+    judged = pq.read_table(judgments, columns=["pair_id", "annotator", "verdict", "verdict_ab", "verdict_ba"])
+    if len(judged):
+        judged = judged.filter(pc.equal(judged["annotator"], judged["annotator"][0]))
+    of_pair = pq.read_table(pairs, columns=["pair_id", "protocol", "split"])
+    judged = of_pair.join(judged, keys="pair_id", join_type="inner")
     verdict, first, second = (judged.column(name) for name in ("verdict", "verdict_ab", "verdict_ba"))
     answered = pc.and_(pc.not_equal(first, "invalid"), pc.not_equal(second, "invalid"))
     flipped = pc.and_(answered, pc.not_equal(first, second))  # null, so dropped, where one order was shown
     return {
-        "judged": _by_kind(judged),
-        "decisive": _by_kind(judged.filter(pc.is_in(verdict, pa.array(["a", "b"])))),
-        "ties": _by_kind(judged.filter(pc.equal(verdict, "tie"))),
-        "invalid": _by_kind(judged.filter(pc.equal(verdict, "invalid"))),
-        "flipped": _by_kind(judged.filter(flipped)),
+        "judged": shards.kinds_in(judged),
+        "decisive": shards.kinds_in(judged.filter(pc.is_in(verdict, pa.array(["a", "b"])))),
+        "ties": shards.kinds_in(judged.filter(pc.equal(verdict, "tie"))),
+        "invalid": shards.kinds_in(judged.filter(pc.equal(verdict, "invalid"))),
+        "flipped": shards.kinds_in(judged.filter(flipped)),
     }
 
 
-def _by_kind(table: pa.Table) -> dict[tuple[str, str], int]:
-    counted = table.group_by(["protocol", "split"]).aggregate([("protocol", "count")]).to_pylist()
-    return {(row["protocol"], row["split"]): row["protocol_count"] for row in counted}
-
-
 def joint_similarities(run: RunDir, standing: Mapping[str, Manifest]) -> NDArray[np.float32]:
-    """Cosine similarities of the instructions of joint pairs."""
-    pairs = read_columns(run, "pairs/pairs.parquet", ["protocol", "similarity"]) if "pairs" in standing else None
-    if pairs is None:
+    """Cosine similarities of the instructions of joint pairs; of millions, those of every so many."""
+    path = run.path("pairs") / "pairs.parquet"
+    if "pairs" not in standing or not path.exists():
         return np.empty(0, dtype=np.float32)
-    joint = pairs.filter(pc.equal(pairs.column("protocol"), "joint")).column("similarity").drop_null()
-    values: NDArray[np.float32] = joint.filter(pc.is_finite(joint)).to_numpy()
-    return values
+    step = -(-shards.row_count(path) // MOST_SHOWN)
+    found = [np.empty(0, dtype=np.float32)]
+    for file in shards.files_of(path):
+        pairs = pq.read_table(file, columns=["protocol", "similarity"])
+        joint = pairs.filter(pc.equal(pairs.column("protocol"), "joint")).column("similarity").drop_null()
+        found.append(joint.filter(pc.is_finite(joint)).to_numpy()[:: max(1, step)])
+    return np.concatenate(found)
 
 
 def win_rates_of(run: RunDir, config: RunConfig, standing: Mapping[str, Manifest]) -> dict[str, Any]:

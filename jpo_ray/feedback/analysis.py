@@ -16,8 +16,8 @@ import numpy as np
 from jpo_ray.config_judge import PEOPLE
 from jpo_ray.feedback.annotators import Verdict, flipped_verdict
 from jpo_ray.feedback.closure import OUTCOMES
-from jpo_ray.feedback.judge import wilson
 from jpo_ray.feedback.strengths import graph_facts
+from jpo_ray.feedback.tally import wilson
 
 CELLS = ("both chosen", "both rejected", "C > R", "C < R", "C ? R")  # of the interplay; ? is a tie
 SHOWN = (*CELLS[:2], "both alike", *CELLS[2:])

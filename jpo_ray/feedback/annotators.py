@@ -4,24 +4,20 @@ A comparison shows two (instruction, response) items, a first and b second. Whoe
 annotator only says which is better (`judge.py` asks in both orders and combines).
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Literal
 
 import pyarrow as pa
+
+from jpo_ray.feedback.by_scores import ROUNDING, ByScores, standard_normal
 
 Verdict = Literal["a", "b", "tie", "invalid"]
 Progress = Callable[[float, str], None]  # the share that is done, and what to tell about it
 Texts = Mapping[str, tuple[str, str]]  # item id -> instruction, response
 # Scores of items by id, or why one has none.
 ScoreItems = Callable[[Texts, Progress], Mapping[str, float | str]]
-
-_NORMAL = NormalDist()
-_ROUNDING = 1e-9  # 0.90 - 0.85 must be within a tie band of 0.05, though not in binary
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,8 @@ class Annotator:
     name: str
     answer: Callable[[Sequence[Comparison], Progress], list[Answer]]  # one answer per comparison, in order
     both_orders: bool = True  # False for ready-made labels, which have no order
+    score_items: ScoreItems | None = None  # of one that decides by scores of items, and how
+    by_scores: ByScores | None = None
 
 
 def score_annotator(name: str, score_items: ScoreItems, *, noise: float, tie_band: float, seed: int) -> Annotator:
@@ -90,13 +88,21 @@ def score_annotator(name: str, score_items: ScoreItems, *, noise: float, tie_ban
         if isinstance(score_a, str) or isinstance(score_b, str):
             reasons = dict.fromkeys(each for each in (score_a, score_b) if isinstance(each, str))
             return Answer("invalid", reason="; ".join(reasons))
-        difference = score_a - score_b + (noise * _standard_normal(seed, comparison) if noise else 0.0)
+        difference = (
+            score_a
+            - score_b
+            + (
+                noise * standard_normal(seed, comparison.key, forward=comparison.item_a < comparison.item_b)
+                if noise
+                else 0.0
+            )
+        )
         text = f"{score_a:.6g} against {score_b:.6g}"
-        if abs(difference) <= tie_band + _ROUNDING:
+        if abs(difference) <= tie_band + ROUNDING:
             return Answer("tie", text, gap=difference)
         return Answer("a" if difference > 0 else "b", text, gap=difference)
 
-    return Annotator(name, answer)
+    return Annotator(name, answer, score_items=score_items, by_scores=ByScores(name, noise, tie_band, seed))
 
 
 def label_annotator(labels: pa.Table, *, proxy: bool = True) -> Annotator:
@@ -165,11 +171,3 @@ def given_scores(ratings: Mapping[str, float]) -> ScoreItems:
 
 def finite(score: float) -> float | str:
     return score if math.isfinite(score) else f"the score is {score}"
-
-
-def _standard_normal(seed: int, comparison: Comparison) -> float:
-    """A draw from N(0, 1) that depends on the comparison and its order only."""
-    order = "forward" if comparison.item_a < comparison.item_b else "backward"
-    digest = hashlib.sha256(json.dumps([seed, comparison.key, order]).encode()).digest()
-    # 52 bits and a half keep the quantile strictly between 0 and 1 and exact in a double.
-    return _NORMAL.inv_cdf((int.from_bytes(digest[:8]) // 2**12 + 0.5) / 2**52)

@@ -1,13 +1,13 @@
 """Closure of a graph of comparisons: preferences between items that nobody compared, implied by fitted strengths."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from jpo_ray import records
 from jpo_ray.feedback.strengths import GraphFacts, Strengths, components
 
 Ints = npt.NDArray[np.int64]
@@ -34,35 +34,52 @@ class ItemGraph:
         return pa.table(columns | {"standard_error": fitted.standard_error, "comparisons": compared.astype(np.int32)})
 
 
-def item_graph(pairs: pa.Table, judgments: Sequence[dict[str, Any]], split: str) -> ItemGraph:
-    """The valid judgments of a split. KeyError for a judgment of a pair that `pairs` lacks."""
-    of_pair = {row["pair_id"]: row for row in pairs.select(["pair_id", "item_a", "item_b", "split"]).to_pylist()}
-    valid = [row for row in judgments if row["verdict"] in OUTCOMES and of_pair[row["pair_id"]]["split"] == split]
-    ends = [(of_pair[row["pair_id"]]["item_a"], of_pair[row["pair_id"]]["item_b"]) for row in valid]
-    number = {item: place for place, item in enumerate(dict.fromkeys(item for pair in ends for item in pair))}
-    return ItemGraph(
-        list(number),
-        np.array([number[a] for a, _ in ends], dtype=np.int64),
-        np.array([number[b] for _, b in ends], dtype=np.int64),
-        np.array([OUTCOMES[row["verdict"]] for row in valid], dtype=np.int64),
-    )
+def judged_edges(pairs: pa.Table, judgments: pa.Table, split: str) -> pa.Table:
+    """Columns item_a, item_b and verdict of the valid judgments of a split. KeyError for one of a pair not there."""
+    place = pc.index_in(judgments["pair_id"], value_set=pairs["pair_id"])
+    if place.null_count:
+        raise KeyError(judgments["pair_id"].filter(pc.is_null(place))[0].as_py())
+    of_pair = pairs.select(["item_a", "item_b", "split"]).take(place)
+    found = of_pair.select(["item_a", "item_b"]).append_column("verdict", judgments["verdict"])
+    valid = pc.is_in(judgments["verdict"], value_set=pa.array(list(OUTCOMES)))
+    found = found.filter(pc.and_(valid, pc.equal(of_pair["split"], split)))
+    return pa.table([column.dictionary_encode() for column in found.columns], names=found.column_names)
 
 
-def implied_rows(
+def item_graph(edges: pa.Table) -> ItemGraph:
+    """The graph of `judged_edges`; items are numbered as they come."""
+    ends = pc.cast(edges["item_a"], pa.string()), pc.cast(edges["item_b"], pa.string())
+    each = pa.chunked_array([*ends[0].chunks, *ends[1].chunks], pa.string())
+    in_turn = np.arange(2 * len(edges)).reshape(2, -1).T.ravel()  # a, b, a, b, ...
+    ids = each.take(in_turn).unique()
+    first, second = (pc.index_in(end, value_set=ids).to_numpy().astype(np.int64) for end in ends)
+    outcome = np.zeros(len(edges), dtype=np.int64)
+    for verdict, value in OUTCOMES.items():
+        outcome[pc.equal(pc.cast(edges["verdict"], pa.string()), verdict).to_numpy().astype(bool)] = value
+    return ItemGraph(ids.to_pylist(), first, second, outcome)
+
+
+def implied_table(
     graph: ItemGraph, fitted: Strengths, items: pa.Table, per_item: int, min_probability: float, seed: int
-) -> list[dict[str, Any]]:
+) -> pa.Table:
     """Rows of `records.PREFERENCES` for the training split, with the fitted probability as their soft label."""
     winner, loser, probability = implied_preferences(
         graph, fitted, per_item=per_item, min_probability=min_probability, seed=seed
     )
-    instruction_of = dict(zip(items["item_id"].to_pylist(), items["instruction_id"].to_pylist(), strict=True))
-    rows = []
-    for better, worse, sure in zip(winner.tolist(), loser.tolist(), probability.tolist(), strict=True):
-        chosen, rejected = graph.ids[better], graph.ids[worse]
-        same = instruction_of[chosen] == instruction_of[rejected]
-        row = {"chosen": chosen, "rejected": rejected, "protocol": "conditional" if same else "joint"}
-        rows.append(row | {"weight": 1.0, "probability": sure, "split": "train"})
-    return rows
+    ids = pa.array(graph.ids, pa.string())
+    instruction = items["instruction_id"].take(pc.index_in(ids, value_set=items["item_id"]))
+    same = pc.equal(instruction.take(winner), instruction.take(loser))
+    count = len(winner)
+    columns = {
+        "chosen": ids.take(pa.array(winner)),
+        "rejected": ids.take(pa.array(loser)),
+        "protocol": pc.if_else(same, "conditional", "joint"),
+        "weight": np.ones(count, dtype=np.float32),
+        "probability": probability.astype(np.float32),
+        "gap": pa.nulls(count, pa.float32()),
+        "split": pa.repeat("train", count),
+    }
+    return pa.table(columns, schema=records.PREFERENCES)
 
 
 def implied_preferences(

@@ -1,17 +1,16 @@
 """Judgments: every comparison is asked in both orders, and a verdict that flips with the order is a tie.
 
 Position bias is large with language-model judges (46 % of verdicts conflicted between orders for GPT-4 in one study),
-so the share of such flips is part of what `judgment_counts` reports.
+so the share of such flips is part of what `tally.judgment_counts` reports.
 """
 
-import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from jpo_ray.errors import InputError
+from jpo_ray import records
 from jpo_ray.feedback.annotators import (
     Annotator,
     Answer,
@@ -27,12 +26,17 @@ LEAST_DOUBT = 1e-4  # the log odds of a certain label would be infinite
 
 def comparisons_of(pairs: pa.Table, items: pa.Table) -> list[Comparison]:
     """A comparison per row of `pairs` (`records.PAIRS`), in its order. KeyError for an item that `items` lacks."""
-    texts = {
-        item_id: (instruction, response)
-        for item_id, instruction, response in zip(
-            *(items[name].to_pylist() for name in ("item_id", "instruction", "response")), strict=True
-        )
-    }
+    return comparisons(pairs, texts_of(items))
+
+
+def texts_of(items: pa.Table) -> dict[str, tuple[str, str]]:
+    """Instruction and response of each item, by its id."""
+    columns = (items[name].to_pylist() for name in ("item_id", "instruction", "response"))
+    return {item_id: (instruction, response) for item_id, instruction, response in zip(*columns, strict=True)}
+
+
+def comparisons(pairs: pa.Table, texts: Mapping[str, tuple[str, str]]) -> list[Comparison]:
+    """`comparisons_of`, where the texts are at hand."""
     ids = zip(*(pairs[name].to_pylist() for name in ("pair_id", "item_a", "item_b")), strict=True)
     return [Comparison(key, item_a, item_b, *texts[item_a], *texts[item_b]) for key, item_a, item_b in ids]
 
@@ -116,111 +120,37 @@ def _gap(ab: Answer, ba: Answer | None) -> float | None:
     return (ab.gap - ba.gap) / 2
 
 
-def preferences(pairs: pa.Table, judgments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def preferences(pairs: pa.Table, judgments: pa.Table) -> pa.Table:
     """Rows of `records.PREFERENCES` of the decisive judgments, in their order; ties and invalid ones are dropped.
 
     The label is soft where the annotator said how sure it is.
 
     KeyError for a judgment of a pair that `pairs` lacks.
     """
-    by_id = {
-        pair["pair_id"]: pair for pair in pairs.select(["pair_id", "item_a", "item_b", "protocol", "split"]).to_pylist()
+    place = pc.index_in(judgments["pair_id"], value_set=pairs["pair_id"])
+    if place.null_count:
+        raise KeyError(judgments["pair_id"].filter(pc.is_null(place))[0].as_py())
+    decisive = pc.is_in(judgments["verdict"], value_set=pa.array(["a", "b"]))
+    judged = judgments.select(["verdict", "probability", "gap"]).filter(decisive)
+    of_pair = pairs.select(["item_a", "item_b", "protocol", "split"]).take(place.filter(decisive))
+    a_wins = pc.equal(judged["verdict"], "a")
+    sure = pc.if_else(a_wins, judged["probability"], pc.subtract(1.0, judged["probability"]))
+    gap = pc.if_else(a_wins, judged["gap"], pc.negate(judged["gap"]))
+    columns = {
+        "chosen": pc.if_else(a_wins, of_pair["item_a"], of_pair["item_b"]),
+        "rejected": pc.if_else(a_wins, of_pair["item_b"], of_pair["item_a"]),
+        "protocol": of_pair["protocol"],
+        "weight": pa.repeat(pa.scalar(1.0, pa.float32()), len(judged)),
+        "probability": pc.fill_null(sure, 1.0).cast(pa.float32()),
+        "gap": pc.coalesce(gap, _log_odds(sure)).cast(pa.float32()),
+        "split": of_pair["split"],
     }
-    rows = []
-    for judgment in judgments:
-        pair = by_id[judgment["pair_id"]]
-        if judgment["verdict"] in ("a", "b"):
-            chosen, rejected = ("item_a", "item_b") if judgment["verdict"] == "a" else ("item_b", "item_a")
-            sure, gap = judgment["probability"], judgment["gap"]
-            if judgment["verdict"] == "b":
-                sure, gap = None if sure is None else 1 - sure, None if gap is None else -gap
-            rows.append(
-                {
-                    "chosen": pair[chosen],
-                    "rejected": pair[rejected],
-                    "protocol": pair["protocol"],
-                    "weight": 1.0,
-                    "probability": 1.0 if sure is None else sure,
-                    "gap": _log_odds(sure) if gap is None and sure is not None else gap,
-                    "split": pair["split"],
-                }
-            )
-    return rows
+    return pa.table(columns, schema=records.PREFERENCES)
 
 
-def _log_odds(probability: float) -> float:
+def _log_odds(probability: pa.ChunkedArray) -> pa.ChunkedArray:
     """A Bradley-Terry model's difference of scores."""
-    bounded = min(max(probability, LEAST_DOUBT), 1 - LEAST_DOUBT)
-    return math.log(bounded / (1 - bounded))
-
-
-def judgment_counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a set of judgments (`records.JUDGMENTS`) looks like.
-
-    `flip_rate` is the share of judgments with a valid answer in both orders whose answers disagree, ties included, and
-    `flip_rate_ci95` its Wilson interval; `first_shown_share` the share of their decisive answers that prefer the item
-    shown first, 0.5 without position bias. None where there is nothing to count.
-    """
-    verdicts = Counter(row["verdict"] for row in rows)
-    both = [(row["verdict_ab"], row["verdict_ba"]) for row in rows]
-    both = [pair for pair in both if None not in pair and "invalid" not in pair]
-    first_shown = sum((ab == "a") + (ba == "b") for ab, ba in both)
-    second_shown = sum((ab == "b") + (ba == "a") for ab, ba in both)
-    flips = sum(ab != ba for ab, ba in both)
-    return {
-        "judgments": len(rows),
-        **{verdict: verdicts[verdict] for verdict in ("a", "b", "tie", "invalid")},
-        "decisive": verdicts["a"] + verdicts["b"],
-        "flip_rate": _share(flips, len(both)),
-        "flip_rate_ci95": wilson(flips, len(both)),
-        "first_shown_share": _share(first_shown, first_shown + second_shown),
-        "tokens": sum(row["tokens"] for row in rows),
-        "cost": sum(row["cost"] for row in rows),
-    }
-
-
-def invalid_reasons(rows: Sequence[dict[str, Any]], most: int = 3) -> str:
-    """Why verdicts are invalid, the most frequent reasons first; empty where none is."""
-    reasons = Counter(row["reason"] or "no reason given" for row in rows if row["verdict"] == "invalid")
-    shown = [f"{reason[:100]} ({count:,})" for reason, count in reasons.most_common(most)]
-    return "; ".join([*shown, "..."] if len(reasons) > most else shown)
-
-
-def invalid_warning(rows: Sequence[dict[str, Any]]) -> str:
-    """What to say where most verdicts of one judge are invalid; empty where they are not."""
-    asked = _asked(rows)
-    invalid = [row for row in asked if row["verdict"] == "invalid"]
-    if len(invalid) <= len(asked) / 2:
-        return ""
-    name, said = invalid[0]["annotator"], invalid[0]["text_ab"]
-    because = invalid_reasons(invalid)
-    if said or invalid[0]["tokens"]:  # a language model, which may have answered with nothing
-        because += f"; the first answer: {said[:80]!r}"
-    return f"{len(invalid):,} of {len(asked):,} verdicts of {name} are invalid: {because}"
-
-
-def require_verdicts(rows: Sequence[dict[str, Any]]) -> str:
-    """`invalid_warning`. Raises `InputError` where no verdict of the judge is valid: nothing would follow from them."""
-    warning = invalid_warning(rows)
-    if warning and all(row["verdict"] == "invalid" for row in _asked(rows)):
-        raise InputError(f"judge: {warning}; mend that, or name another judge")
-    return warning
-
-
-def _asked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those that nobody was asked about: an item compared with itself."""
-    return [row for row in rows if row["verdict_ab"] is not None]
-
-
-def wilson(part: int, whole: int) -> list[float] | None:
-    """Wilson's 95 % interval of a share; None where there is nothing to count."""
-    if not whole:
-        return None
-    from scipy.stats import binomtest
-
-    interval = binomtest(part, whole).proportion_ci(method="wilson")
-    return [float(interval.low), float(interval.high)]
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+    bounded = pc.min_element_wise(
+        pc.max_element_wise(probability, LEAST_DOUBT, skip_nulls=False), 1 - LEAST_DOUBT, skip_nulls=False
+    )
+    return pc.ln(pc.divide(bounded, pc.subtract(1.0, bounded)))

@@ -1,15 +1,17 @@
 """Which items of a split are compared, and how many pairs of them there are to be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jpo_ray.config import BaseModelConfig, JointPairs
 from jpo_ray.data.tokens import CHAT
 from jpo_ray.errors import InputError
+from jpo_ray.pairs.sides import Ints
 
 Items = list[dict[str, Any]]
 
@@ -35,22 +37,41 @@ def short_items(items: pa.Table, limit: int | None, model: BaseModelConfig) -> p
     return items.filter(pc.less_equal(lengths, room))
 
 
-def conditional_pairs(items: Items) -> Iterator[tuple[str, str]]:
-    """All pairs of responses of each instruction, as item ids."""
-    of_instruction: dict[str, list[str]] = {}
-    for item in items:
-        of_instruction.setdefault(item["instruction_id"], []).append(item["item_id"])
-    for members in of_instruction.values():
-        yield from ((a, b) for place, a in enumerate(members) for b in members[place + 1 :])
+def instruction_numbers(items: Items) -> Ints:
+    """The instruction of each item, int64[N], numbered in order of appearance."""
+    number: dict[str, int] = {}
+    return np.array([number.setdefault(item["instruction_id"], len(number)) for item in items], dtype=np.int64)
 
 
-def labelled_pairs(items: Items, labels: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """The joint pairs that the data have labels for: all of them, beside the budget and the band."""
-    instruction_of = {item["item_id"]: item["instruction_id"] for item in items}
+def conditional_pairs(instructions: Ints) -> tuple[Ints, Ints]:
+    """All pairs of responses of each instruction, as item numbers: int64[E] each, instruction by instruction.
+
+    `instructions` int64[N] numbers each item's, in order of appearance.
+    """
+    members = np.argsort(instructions, kind="stable")
+    sizes = np.bincount(instructions)
+    starts = np.cumsum(sizes) - sizes
+    first, second = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for size in np.unique(sizes[sizes > 1]).tolist():
+        places = starts[sizes == size]
+        one, other = np.triu_indices(size, 1)
+        first.append((places[:, None] + one).ravel())
+        second.append((places[:, None] + other).ravel())
+    low, high = np.concatenate(first), np.concatenate(second)
+    order = np.lexsort((high, low, instructions[members[low]]))
+    return members[low[order]], members[high[order]]
+
+
+def labelled_pairs(items: Items, labels: Sequence[dict[str, Any]]) -> tuple[Ints, Ints]:
+    """The joint pairs that the data have labels for, as item numbers: all of them, beside the budget and the band."""
+    number = {item["item_id"]: place for place, item in enumerate(items)}
+    found = []
     for label in labels:
-        a, b = (instruction_of.get(label[side]) for side in ("item_a", "item_b"))
-        if a is not None and b is not None and a != b:
-            yield label["item_a"], label["item_b"]
+        a, b = (number.get(label[side]) for side in ("item_a", "item_b"))
+        if a is not None and b is not None and items[a]["instruction_id"] != items[b]["instruction_id"]:
+            found.append((a, b))
+    ends = np.array(found, dtype=np.int64).reshape(-1, 2)
+    return ends[:, 0], ends[:, 1]
 
 
 def joint_wish(config: JointPairs, items: Items, labels: Sequence[dict[str, Any]], split: str) -> JointWish | None:

@@ -11,7 +11,7 @@ from jpo_ray import records
 from jpo_ray.evaluation.alpaca_eval import generator_name, read_annotations, write_outputs
 from jpo_ray.evaluation.length_control import controlled_win_rates
 from jpo_ray.evaluation.win_rates import win_rate_table
-from jpo_ray.feedback.judge import require_verdicts
+from jpo_ray.feedback.tally import require_verdicts
 from jpo_ray.files import output_folder, write_json
 from jpo_ray.runs import RunDir
 

@@ -16,7 +16,7 @@ from jpo_ray.data.sources import read_rows
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.length_control import controlled_win_rates
 from jpo_ray.evaluation.win_rates import judge_samples, win_rate_table
-from jpo_ray.feedback.judge import invalid_reasons, judgment_counts, require_verdicts
+from jpo_ray.feedback.tally import invalid_reasons, judgment_counts, require_verdicts
 from jpo_ray.files import output_folder, write_json
 from jpo_ray.pipeline.annotating import open_file_annotator
 from jpo_ray.pipeline.console import progress_bar

@@ -6,13 +6,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from jpo_ray import records
+from jpo_ray import records, shards
 from jpo_ray.cache import cache_folder
 from jpo_ray.config import EvaluateConfig, RunConfig
 from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.engine.tracking import tracked
 from jpo_ray.errors import InputError
-from jpo_ray.feedback.judge import invalid_reasons, require_verdicts
+from jpo_ray.feedback.tally import invalid_reasons, require_verdicts
 from jpo_ray.files import write_json
 from jpo_ray.pipeline.annotating import annotator_inputs
 from jpo_ray.pipeline.console import progress_bar
@@ -107,8 +107,13 @@ def _policies(context: Context, trained: list[str], out: Path) -> dict[str, Any]
     from jpo_ray.engine.model import load_tokenizer
     from jpo_ray.evaluation.policy_metrics import kl_of_samples, preference_metrics, sample_metrics
 
-    preferences = records.read_table(context.path("judge") / "preferences.parquet", records.PREFERENCES).to_pylist()
-    held_out = [row for row in preferences if row["split"] == "validation"]
+    held_out = [
+        row
+        for file in shards.files_of(context.path("judge") / "preferences.parquet")
+        if any(split == "validation" for split, _ in shards.kinds_of(file))
+        for row in records.read_table(file, records.PREFERENCES).to_pylist()
+        if row["split"] == "validation"
+    ]
     reference = {
         row["item_id"]: (row["instruction_logprob"], row["response_logprob"])
         for row in records.read_table(context.path("reference") / "reference.parquet", records.REFERENCE).to_pylist()

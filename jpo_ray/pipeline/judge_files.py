@@ -19,7 +19,7 @@ from jpo_ray.data.sources import read_source
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Comparison, Verdict, flipped_verdict
 from jpo_ray.feedback.dove import raw_rows
-from jpo_ray.feedback.judge import invalid_reasons, invalid_warning, judgment_counts, require_verdicts
+from jpo_ray.feedback.tally import invalid_reasons, invalid_warning, judgment_counts, require_verdicts
 from jpo_ray.files import output_folder, write_json
 from jpo_ray.pipeline.annotating import Given, judge_with_bar, judging_estimate, open_file_annotator
 from jpo_ray.pipeline.console import progress_bar

@@ -1,7 +1,8 @@
 """The judge stage: pairs in, verdicts and preferences out; all pairs at once, or chosen in rounds."""
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -12,24 +13,29 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jpo_ray import records
+from jpo_ray import records, shards
 from jpo_ray.cache import cache_folder
 from jpo_ray.config_judge import AnnotatorConfig, ClosureConfig, SelectionConfig
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Annotator
-from jpo_ray.feedback.judge import (
-    comparisons_of,
-    invalid_reasons,
-    invalid_warning,
-    judgment_counts,
-    preferences,
-    require_verdicts,
-)
+from jpo_ray.feedback.judge import comparisons_of, texts_of
+from jpo_ray.feedback.tally import invalid_reasons, invalid_warning, judgment_counts, require_verdicts
 from jpo_ray.pairs.choosing import Known, choose_next
 from jpo_ray.pairs.sides import item_keys
-from jpo_ray.pipeline.annotating import Given, Rows, annotator_inputs, judge_with_bar, judging_estimate, open_annotator
+from jpo_ray.pipeline.annotating import Given, annotator_inputs, judging_estimate, open_annotator
 from jpo_ray.pipeline.console import Bar, progress_bar
 from jpo_ray.pipeline.context import Context, Spec
+from jpo_ray.pipeline.judge_shards import (
+    JUDGMENTS,
+    OTHERS,
+    Sums,
+    add_judgments,
+    add_preferences,
+    ask,
+    judge_shards,
+    judged,
+    write_judged,
+)
 
 POLICY = "judge.selection.policy"
 
@@ -44,30 +50,7 @@ def judge_specs(context: Context) -> list[Spec]:
         inputs |= annotator_inputs(config)
 
     def make(out: Path) -> dict[str, Any]:
-        items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
-        pairs = records.read_table(context.path("pairs") / "pairs.parquet", records.PAIRS)
-        rows = _judgments(context, pairs, items)
-        mostly_invalid = require_verdicts(rows)
-        warnings = [_without_joint_labels(context, pairs, rows) or mostly_invalid]
-        others = [_others_judgments(context, other, pairs, items, rows) for other in context.config.judge.also]
-        warnings += map(invalid_warning, others)
-        records.write_table(out / "judgments.parquet", sum(others, rows), records.JUDGMENTS)
-        decisive = preferences(pairs, rows)
-        counts = judgment_counts(rows) | {"preferences": len(decisive)}
-        if reasons := invalid_reasons(rows):
-            counts["invalid because"] = reasons
-        counts["annotators"] = {some[0]["annotator"]: judgment_counts(some) for some in (rows, *others) if some}
-        counts |= {key: sum(some[key] for some in counts["annotators"].values()) for key in ("tokens", "cost")}
-        for name, of_other in list(counts["annotators"].items())[1:]:
-            said = ", ".join(f"{key} {of_other[key]:,}" for key in ("a", "b", "tie", "invalid"))
-            context.console.print(f"  {name}: {said}", highlight=False, soft_wrap=True)
-        if context.config.judge.closure:
-            implied, facts = _closure(context.config.judge.closure, pairs, items, rows, context.config.seed, out)
-            decisive += implied
-            warnings.append(facts.pop("warning", ""))
-            counts |= facts
-        records.write_table(out / "preferences.parquet", decisive, records.PREFERENCES)
-        return counts | {"warning": "; ".join(filter(None, warnings))}
+        return judge_all(context, out)
 
     slice_ = {"judge": context.config.judge.decisive(), "seed": context.config.seed}  # the strategy is in the pairs
     selection = context.config.judge.selection
@@ -76,11 +59,42 @@ def judge_specs(context: Context) -> list[Spec]:
     return [Spec("judge", "judge", inputs, slice_, make)]
 
 
-def _without_joint_labels(context: Context, pairs: pa.Table, rows: Rows) -> str:
+def judge_all(context: Context, out: Path) -> dict[str, Any]:
+    config = context.config.judge
+    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
+    pairs = context.path("pairs") / "pairs.parquet"
+    first = _in_rounds(context, pairs, items, out) if config.selection else _judged(context, config, pairs, items, out)
+    mostly_invalid = require_verdicts(first.tally)
+    warnings = [_without_joint_labels(context, first) or mostly_invalid]
+    by_name = {first.tally.annotator: first.tally} if first.tally.annotator else {}
+    kept = []
+    for number, other in enumerate(config.also):
+        kept.append(out / OTHERS / str(number))
+        found = _others_judgments(context, other, pairs, items, out, kept[-1])
+        warnings.append(invalid_warning(found.tally))
+        by_name |= {found.tally.annotator: found.tally} if found.tally.annotator else {}
+    if kept:
+        add_judgments(out, kept)
+        shutil.rmtree(out / OTHERS)
+    counts = judgment_counts(first.tally) | {"preferences": first.decisive}
+    if reasons := invalid_reasons(first.tally):
+        counts["invalid because"] = reasons
+    counts["annotators"] = {name: judgment_counts(of_one) for name, of_one in by_name.items()}
+    counts |= {key: sum(some[key] for some in counts["annotators"].values()) for key in ("tokens", "cost")}
+    for name, of_other in list(counts["annotators"].items())[1:]:
+        said = ", ".join(f"{key} {of_other[key]:,}" for key in ("a", "b", "tie", "invalid"))
+        context.console.print(f"  {name}: {said}", highlight=False, soft_wrap=True)
+    if config.closure:
+        implied, facts = _closure(config.closure, pairs, items, first.tally.annotator, context.config.seed, out)
+        add_preferences(out, implied)
+        warnings.append(facts.pop("warning", ""))
+        counts |= facts
+    return counts | {"warning": "; ".join(filter(None, warnings))}
+
+
+def _without_joint_labels(context: Context, found: Sums) -> str:
     """A warning where labels that came with the data decide no joint pair; else empty."""
-    joint = set(pairs["pair_id"].filter(pc.equal(pairs["protocol"], "joint")).to_pylist())
-    decided = any(row["verdict"] != "invalid" for row in rows if row["pair_id"] in joint)
-    if context.config.judge.annotator != "labels" or not joint or decided:
+    if context.config.judge.annotator != "labels" or not found.joint or found.joint_valid:
         return ""
     return (
         "no joint pair has a verdict, so nothing is learned across instructions; with labels alone set "
@@ -88,28 +102,43 @@ def _without_joint_labels(context: Context, pairs: pa.Table, rows: Rows) -> str:
     )
 
 
-def _judgments(context: Context, pairs: pa.Table, items: pa.Table) -> Rows:
+def _judged(
+    context: Context, config: AnnotatorConfig, pairs: Path, items: pa.Table, out: Path, seed: int | None = None
+) -> Sums:
+    """What an annotator says of all pairs."""
+    of = f" ({config.called})" if seed is not None else ""
+    with (
+        run_annotator(context, config, seed) as annotator,
+        progress_bar(context.console, f"judging comparisons{of}") as bar,
+    ):
+        return judge_shards(context.ray, annotator, pairs, items, out, bar)
+
+
+def _in_rounds(context: Context, pairs: Path, items: pa.Table, out: Path) -> Sums:
+    """What the annotator says of chosen pairs; they are few."""
     selection = context.config.judge.selection
-    if selection and selection.policy:  # before anything is judged, which may cost something
+    assert selection is not None
+    if selection.policy:  # before anything is judged, which may cost something
         from jpo_ray.engine.adapters import base_of
 
         base_of(_policy_folder(selection), POLICY, cache_folder())
+    table = records.read_table(pairs, records.PAIRS)
+    pool, others = _pool_and_others(table)
+    if selection.budget > len(pool):
+        raise InputError(
+            f"judge.selection.budget: asks for {selection.budget} joint training pairs, `pairs` has {len(pool)}; "
+            "raise pairs.joint.budget (several times the judgments leave a choice) or lower it"
+        )
     with (
         run_annotator(context, context.config.judge) as annotator,
         progress_bar(context.console, "judging comparisons") as bar,
     ):
-        if selection is None:
-            bar.begin(len(pairs))
-            return _judge(pairs, items, annotator, bar)
-        pool, others = _pool_and_others(pairs)
-        if selection.budget > len(pool):
-            raise InputError(
-                f"judge.selection.budget: asks for {selection.budget} joint training pairs, `pairs` has {len(pool)}; "
-                "raise pairs.joint.budget (several times the judgments leave a choice) or lower it"
-            )
         bar.begin(len(others) + selection.budget)
-        rows = _judge(others, items, annotator, bar)
-        return rows + _judge_in_rounds(context, selection, pool, pairs, rows, items, annotator, bar)
+        judgments = _judge_in_rounds(context, selection, pool, others, table, items, annotator, bar)
+    found, sums = judged(table, judgments), Sums()
+    write_judged(out, None, found)
+    sums.add(found)
+    return sums
 
 
 def judging_estimates(context: Context) -> list[str]:
@@ -133,50 +162,45 @@ def _pool_and_others(pairs: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def _others_judgments(
-    context: Context, config: AnnotatorConfig, pairs: pa.Table, items: pa.Table, judged: Rows
-) -> Rows:
+    context: Context, config: AnnotatorConfig, pairs: Path, items: pa.Table, judged_in: Path, out: Path
+) -> Sums:
     """What another annotator says of the pairs that were judged."""
-    ids = pa.array([row["pair_id"] for row in judged], pa.string())
-    some = pairs.filter(pc.is_in(pairs["pair_id"], value_set=ids))
-    with (
-        run_annotator(context, config, _own_seed(context.config.seed, config.called)) as annotator,
-        progress_bar(context.console, f"judging comparisons ({config.called})") as bar,
-    ):
-        bar.begin(len(judged))
-        return _judge(some, items, annotator, bar)
-
-
-def _judge(pairs: pa.Table, items: pa.Table, annotator: Annotator, bar: Bar) -> Rows:
-    return judge_with_bar(comparisons_of(pairs, items), annotator, bar)
+    out.mkdir(parents=True)
+    if context.config.judge.selection:
+        table = records.read_table(pairs, records.PAIRS)
+        ids = records.read_table(judged_in / JUDGMENTS, records.JUDGMENTS)["pair_id"]
+        pairs = out / "pairs.parquet"
+        shards.write_shard(pairs, table.filter(pc.is_in(table["pair_id"], value_set=ids)), records.PAIRS)
+    return _judged(context, config, pairs, items, out, _own_seed(context.config.seed, config.called))
 
 
 def _judge_in_rounds(
     context: Context,
     selection: SelectionConfig,
     pool: pa.Table,
+    others: pa.Table,
     pairs: pa.Table,
-    before: Rows,
     items: pa.Table,
     annotator: Annotator,
     bar: Bar,
-) -> Rows:
-    """Judge `selection.budget` pairs of `pool`; `before` are the judgments of other pairs, which count as known."""
-    seed = context.config.seed
+) -> pa.Table:
+    """Judgments of `others`, which count as known, and of `selection.budget` pairs of `pool`."""
+    seed, texts = context.config.seed, texts_of(items)
+    judgments = ask(annotator, others, texts, bar)
     ids = sorted({*pool["item_a"].to_pylist(), *pool["item_b"].to_pylist()})
     number = {item: place for place, item in enumerate(ids)}
     first, second = (np.array([number[i] for i in pool[side].to_pylist()]) for side in ("item_a", "item_b"))
     known = Known(item_keys(ids), np.zeros(len(ids)), np.ones(len(ids)), *_policy_facts(context, selection, ids, items))
     judged = np.zeros(len(pool), dtype=bool)
-    rows: Rows = []
     rounds = min(selection.rounds, selection.budget)
     for turn in range(rounds):
-        count = selection.budget * (turn + 1) // rounds - len(rows)
+        count = selection.budget * (turn + 1) // rounds - selection.budget * turn // rounds
         if selection.strategy == "uncertainty":
-            known = with_strengths(known, ids, pairs, before + rows, seed)
+            known = with_strengths(known, ids, pairs, judgments, seed)
         chosen = choose_next(selection.strategy, first, second, judged, known, count, seed + turn)
         judged[chosen] = True
-        rows += _judge(pool.take(chosen), items, annotator, bar)
-    return rows
+        judgments = pa.concat_tables([judgments, ask(annotator, pool.take(chosen), texts, bar)])
+    return judgments
 
 
 def _policy_hash(folder: Path) -> str:
@@ -221,12 +245,12 @@ def _policy_facts(
     return (values.sum(axis=1), None) if fact == "log_ratio" else (None, values)
 
 
-def with_strengths(known: Known, ids: Sequence[str], pairs: pa.Table, judgments: Rows, seed: int) -> Known:
+def with_strengths(known: Known, ids: Sequence[str], pairs: pa.Table, judgments: pa.Table, seed: int) -> Known:
     """Strengths of the items as far as the judgments tell; of those not judged yet nothing is known."""
-    from jpo_ray.feedback.closure import item_graph
+    from jpo_ray.feedback.closure import item_graph, judged_edges
     from jpo_ray.feedback.strengths import fit_strengths
 
-    graph = item_graph(pairs, judgments, "train")
+    graph = item_graph(judged_edges(pairs, judgments, "train"))
     if not len(graph.first):
         return known
     fitted = fit_strengths(len(graph.ids), graph.first, graph.second, graph.outcome, seed)
@@ -240,19 +264,19 @@ def with_strengths(known: Known, ids: Sequence[str], pairs: pa.Table, judgments:
 
 
 def _closure(
-    config: ClosureConfig, pairs: pa.Table, items: pa.Table, judgments: Rows, seed: int, out: Path
-) -> tuple[Rows, dict[str, Any]]:
+    config: ClosureConfig, pairs: Path, items: pa.Table, annotator: str, seed: int, out: Path
+) -> tuple[pa.Table, dict[str, Any]]:
     """Implied training preferences, and what the fit says of the judgments; every item's strength goes to `out`."""
-    from jpo_ray.feedback.closure import implied_rows, item_graph, warning
+    from jpo_ray.feedback.closure import implied_table, item_graph, judged_edges, warning
     from jpo_ray.feedback.strengths import fit_strengths, graph_facts
 
-    graph = item_graph(pairs, judgments, "train")
+    graph = item_graph(pa.concat_tables(judged_edges(*part, "train") for part in _judged_parts(pairs, annotator, out)))
     if not len(graph.first):
         raise InputError("judge.closure: no judgment of a training pair to fit strengths to; set judge.closure: null")
     facts = graph_facts(len(graph.ids), graph.first, graph.second, graph.outcome)
     fitted = fit_strengths(len(graph.ids), graph.first, graph.second, graph.outcome, seed)
     records.write_table(out / "strengths.parquet", graph.table(fitted, "train"), records.STRENGTHS)
-    rows = implied_rows(graph, fitted, items, config.per_item, config.min_probability, seed)
+    rows = implied_table(graph, fitted, items, config.per_item, config.min_probability, seed)
     shown = {
         "implied": len(rows),
         "components": facts.components,
@@ -262,6 +286,17 @@ def _closure(
         "warning": warning(facts, fitted),
     }
     return rows, {name: value for name, value in shown.items() if value is not None}
+
+
+def _judged_parts(pairs: Path, annotator: str, out: Path) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """The pairs of each shard, and the annotator's judgments of them."""
+    for name in shards.shard_names(out / JUDGMENTS):
+        judgments = records.read_table(shards.shard_path(out / JUDGMENTS, name), records.JUDGMENTS)
+        of_pairs = pairs if name is None else pairs / name
+        yield (
+            records.read_table(of_pairs, records.PAIRS),
+            judgments.filter(pc.equal(judgments["annotator"], annotator)),
+        )
 
 
 def _own_seed(seed: int, name: str) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jpo_ray import records
+from jpo_ray import records, shards
 from jpo_ray.config import TrainConfig
 from jpo_ray.data.tokens import tokenize, tokenizer_hash
 from jpo_ray.errors import InputError
@@ -231,9 +231,8 @@ def _steps_of(context: Context, entry: TrainConfig) -> int:
     """Steps of another entry, from its epochs and the number of its comparisons."""
     from jpo_ray.engine.batches import total_steps
 
-    preferences = records.read_table(context.path("judge") / "preferences.parquet", records.PREFERENCES)
-    kinds = zip(preferences["split"].to_pylist(), preferences["protocol"].to_pylist(), strict=True)
-    count = sum(split == "train" and protocol in entry.protocols for split, protocol in kinds)
+    kinds = shards.kinds_of_all(shards.files_of(context.path("judge") / "preferences.parquet"))
+    count = sum(kinds["train", protocol] for protocol in entry.protocols)
     if not count:
         raise InputError(f"train.{entry.name}: no decisive {' or '.join(entry.protocols)} preferences to train on")
     per_epoch = math.ceil(min(count, entry.max_train_comparisons or count) / entry.comparisons_per_step)

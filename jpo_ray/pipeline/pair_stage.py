@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,23 +13,15 @@ import pyarrow.compute as pc
 from jpo_ray import records
 from jpo_ray.config import JointPairs, PairsConfig, RunConfig
 from jpo_ray.errors import InputError
-from jpo_ray.pairs.clusters import cluster
-from jpo_ray.pairs.embedding import vector_column, vectors_of
-from jpo_ray.pairs.members import conditional_pairs, joint_wish, labelled_pairs, short_items
-from jpo_ray.pairs.sides import Side, item_keys, random_groups
-from jpo_ray.pairs.strategies import STRATEGIES
+from jpo_ray.pairs.embedding import vector_column
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec
-
-if TYPE_CHECKING:
-    from jpo_ray.cluster.tiles import SharedVectors
+from jpo_ray.pipeline.pair_shards import make_pairs
 
 COPIES = 8  # near-duplicates of a training instruction within training that are looked at
-ITEM_COLUMNS = ["item_id", "instruction_id", "split", "sft"]
 LEAKS_INTO = {"train": ("validation", "test"), "validation": ("test",), "test": ()}  # split -> more protected ones
 
 Vectors = npt.NDArray[np.float16]
-Labels = list[dict[str, Any]]
 
 
 def pairs_specs(context: Context) -> list[Spec]:
@@ -148,115 +140,9 @@ def _pair_resumably(context: Context, out: Path) -> dict[str, Any]:
     """Tiles that were done outlive a kill, but not a config that cannot be met."""
     tiles = out / "tiles"
     try:
-        counts = _pair(context, out, tiles)
+        counts = make_pairs(context, out, tiles)
     except InputError:
         shutil.rmtree(tiles, ignore_errors=True)
         raise
     shutil.rmtree(tiles, ignore_errors=True)
     return counts
-
-
-def _pair(context: Context, out: Path, tiles: Path) -> dict[str, Any]:
-    items = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
-    items = short_items(items, context.config.pairs.max_item_characters, context.config.model).select(ITEM_COLUMNS)
-    labels = records.read_table(context.path("items") / "labels.parquet", records.LABELS).to_pylist()
-    embeddings = records.read_table(context.path("embeddings") / "embeddings.parquet", records.EMBEDDINGS)
-    row_of = {name: row for row, name in enumerate(embeddings["instruction_id"].to_pylist())}
-    shared = None
-    if context.config.pairs.joint:
-        from jpo_ray.cluster.tiles import share
-
-        shared = share(context.ray(), vectors_of(embeddings["vector"]))
-    del embeddings
-    rows: list[dict[str, Any]] = []
-    notes: dict[str, Any] = {}
-    for split in ("train", "validation"):
-        here = items.filter(pc.equal(items["split"], split)).to_pylist()
-        if context.config.pairs.conditional:
-            rows += [_pair_row(a, b, "conditional", 1.0, "conditional", split) for a, b in conditional_pairs(here)]
-        if shared and here:
-            rows += _labelled(here, labels, split, row_of, shared.array)
-            joint, found = _joint(context, here, labels, split, row_of, shared, tiles / split)
-            rows += joint
-            notes |= {name if name == "warning" else f"{split} {name}": value for name, value in found.items()}
-    distinct = list({row["pair_id"]: row for row in reversed(rows)}.values())[::-1]  # a labelled pair stays as such
-    table = records.write_table(out / "pairs.parquet", distinct, records.PAIRS)
-    kinds = list(zip(table["split"].to_pylist(), table["protocol"].to_pylist(), strict=True))
-    return {f"{split} {protocol}": kinds.count((split, protocol)) for split, protocol in dict.fromkeys(kinds)} | notes
-
-
-def _labelled(
-    items: list[dict[str, Any]], labels: Labels, split: str, row_of: dict[str, int], vectors: Vectors
-) -> list[dict[str, Any]]:
-    """The joint comparisons that the data have labels for."""
-    instruction_of = {item["item_id"]: item["instruction_id"] for item in items}
-    rows = []
-    for ends in labelled_pairs(items, labels):
-        a, b = (vectors[row_of[instruction_of[end]]].astype(np.float32) for end in ends)
-        rows.append(_pair_row(*ends, "joint", float(a @ b), "labelled", split))
-    return rows
-
-
-def _joint(
-    context: Context,
-    items: list[dict[str, Any]],
-    labels: Labels,
-    split: str,
-    row_of: dict[str, int],
-    vectors: "SharedVectors",
-    tiles: Path,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Joint pairs of one split by the configured strategy; as many as D_S has items unless a budget says otherwise."""
-    from jpo_ray.cluster.pairing import JointProblem, joint_pairs
-
-    config, seed = context.config.pairs.joint, context.config.seed
-    assert config is not None
-    wish = joint_wish(config, items, labels, split)
-    if wish is None:
-        return [], {}
-    left, right, config = wish.left, wish.right, wish.config
-    groups = -(-len(left) // config.group_size) if config.group_size else None
-    key = "budget" if split == "train" else "validation_budget"
-    rows = _side(left, row_of, groups, vectors.array, config, seed)
-    columns = rows if right is left else _side(right, row_of, groups, vectors.array, config, seed)
-    problem = JointProblem(rows, columns, vectors, config, wish.budget, seed, f"pairs.joint.{key}", wish.at_most)
-    with progress_bar(context.console, f"candidate pairs ({split})") as bar:
-        choice = joint_pairs(context.ray(), problem, bar, tiles)
-    pairs = [
-        _pair_row(left[pair["row"]]["item_id"], right[pair["column"]]["item_id"], "joint", pair["similarity"],
-                  config.strategy, split)
-        for pair in choice.pairs.to_pylist()
-    ]  # fmt: skip
-    return pairs, choice.notes
-
-
-def _side(
-    items: list[dict[str, Any]],
-    row_of: dict[str, int],
-    groups: int | None,
-    vectors: Vectors,
-    config: JointPairs,
-    seed: int,
-) -> Side:
-    keys = item_keys([item["item_id"] for item in items])
-    instructions = np.array([row_of[item["instruction_id"]] for item in items], dtype=np.int64)
-    facts = {}
-    if STRATEGIES[config.strategy].clusters:
-        of_item = cluster(vectors[instructions], config.clusters, seed).of_vector
-        facts["cluster_size"] = np.bincount(of_item)[of_item].astype(np.float32)
-    of_group = None if groups is None else random_groups(keys, groups, seed)
-    return Side(keys, instructions, groups=of_group, facts=facts)
-
-
-def _pair_row(a: str, b: str, protocol: str, similarity: float, strategy: str, split: str) -> dict[str, Any]:
-    """Sorted by id, so that neither the chosen item nor the row's own one always stands first."""
-    first, second = sorted((a, b))
-    return {
-        "pair_id": records.pair_id(a, b, protocol),
-        "item_a": first,
-        "item_b": second,
-        "protocol": protocol,
-        "similarity": similarity,
-        "strategy": strategy,
-        "split": split,
-    }

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from jpo_ray.config import RunConfig
 from jpo_ray.data.items import ItemTables
-from jpo_ray.pairs.members import conditional_pairs, joint_wish, labelled_pairs, short_items
+from jpo_ray.pairs.members import conditional_pairs, instruction_numbers, joint_wish, labelled_pairs, short_items
 from jpo_ray.planning.lengths import COUNTED, STATED, UNKNOWN, Number, Tokens, count_tokens, product, whole
 from jpo_ray.planning.tokenizing import PlainTokenizer
 
@@ -80,7 +80,7 @@ def _counted_split(
     here, rows = _of(items, split), _of(short, split).to_pylist()
     conditional = joint = 0
     if split in COMPARED:
-        conditional = sum(1 for _ in conditional_pairs(rows)) if config.pairs.conditional else 0
+        conditional = len(conditional_pairs(instruction_numbers(rows))[0]) if config.pairs.conditional else 0
         joint = _joint_pairs(config, split, rows, labels)
     return Split(
         COUNTED,
@@ -96,7 +96,7 @@ def _joint_pairs(config: RunConfig, split: str, rows: list[dict[str, Any]], labe
     """The labelled ones and the budget; a band or limits may leave fewer."""
     if config.pairs.joint is None or not rows:
         return 0
-    labelled = {frozenset(pair) for pair in labelled_pairs(rows, labels)}
+    labelled = {frozenset(pair) for pair in zip(*(ends.tolist() for ends in labelled_pairs(rows, labels)), strict=True)}
     wish = joint_wish(config.pairs.joint, rows, labels, split)
     return len(labelled) + (wish.budget if wish else 0)
 

@@ -12,7 +12,7 @@ from jpo_ray.annotation.export import export, judgment_rows
 from jpo_ray.annotation.store import Choice, Store
 from jpo_ray.config import Source
 from jpo_ray.data.sources import read_source
-from jpo_ray.feedback.judge import judgment_counts
+from jpo_ray.feedback.tally import judgment_counts
 from tests.annotation.questions import conditional, joint
 
 # person, whether a stands first, what they chose -> verdict in terms of a and b, by hand

@@ -97,9 +97,9 @@ def test_without_a_limit_pairs_are_shuffled_edges() -> None:
 def test_epochs_of_different_numbers_of_batches(epochs: float, steps: int) -> None:
     """Epochs of 3, 2 and 4 batches; the last epoch counts by its share, rounded up."""
     counts = [3, 2, 4]
-    schedule = Schedule(lambda epoch: [np.array([10 * epoch + n]) for n in range(counts[epoch])], epochs, None)
+    schedule = Schedule(lambda epoch, _: [np.array([10 * epoch + n]) for n in range(counts[epoch])], epochs, None)
     assert schedule.total_steps == steps
     assert schedule.steps_per_epoch == 3
-    found = [int(schedule.batch(step)[0]) for step in range(steps)]
+    found = [int(schedule.batch(step)[1][0]) for step in range(steps)]
     assert found == [0, 1, 2, 10, 11, 20, 21, 22, 23][:steps]
-    assert int(schedule.batch(1)[0]) == 1  # an earlier one again, as a resumed run asks for it
+    assert int(schedule.batch(1)[1][0]) == 1  # an earlier one again, as a resumed run asks for it

@@ -9,7 +9,7 @@ from jpo_ray.engine.dataset import edge_list, mismatched_partners
 from jpo_ray.records import PREFERENCES
 
 GAPS = (0.5, None, 1.5, 2.5)
-ROW_OF = {"p": 0, "q": 1, "r": 2}
+IDS = pa.array(["p", "q", "r"])
 
 
 def preferences() -> pa.Table:
@@ -30,16 +30,16 @@ def preferences() -> pa.Table:
 
 
 def test_edges_of_a_split_and_of_protocols_in_table_order() -> None:
-    both = edge_list(preferences(), ROW_OF, "train", ["conditional", "joint"])
+    both = edge_list(preferences(), IDS, "train", ["conditional", "joint"])
     assert both.chosen.tolist() == [0, 2, 1]
     assert both.rejected.tolist() == [1, 0, 0]
     assert both.joint.tolist() == [False, True, True]
     assert both.weight.tolist() == [1.0, 0.5, 3.0]
     assert both.gap[[0, 2]].tolist() == [0.5, 2.5]
     assert np.isnan(both.gap[1])
-    assert edge_list(preferences(), ROW_OF, "train", ["conditional"]).chosen.tolist() == [0]
-    assert edge_list(preferences(), ROW_OF, "validation", ["joint"]).rejected.tolist() == [2]
-    assert len(edge_list(preferences(), ROW_OF, "test", ["joint"])) == 0
+    assert edge_list(preferences(), IDS, "train", ["conditional"]).chosen.tolist() == [0]
+    assert edge_list(preferences(), IDS, "validation", ["joint"]).rejected.tolist() == [2]
+    assert len(edge_list(preferences(), IDS, "test", ["joint"])) == 0
     assert both.take(np.array([2, 0])).weight.tolist() == [3.0, 1.0]
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from engine.tables import Tables, make_tables, preference_rows, vector_of
 from engine.tiny import LAYOUT, config
-from jpo_ray import records
+from jpo_ray import records, shards
 from jpo_ray.config import BaseModelConfig, SFTConfig, TrainConfig
 from jpo_ray.config_objective import OBJECTIVES
 from jpo_ray.engine import jobs
@@ -107,7 +107,10 @@ def test_comparisons_without_gaps_are_refused_where_they_are_needed(
         "2 of 8 comparisons do not say; judge by scores (judge.annotator: ratings or reward_model) or with judge.soft, "
         "and without judge.closure"
     )
-    assert load_preferences(load_tokenizer(inputs.model), inputs, MODEL, entry()).train.gap[:2].tolist() == [0.5, 1.5]
+    assert load_preferences(load_tokenizer(inputs.model), inputs, MODEL, entry()).train[0].gap[:2].tolist() == [
+        0.5,
+        1.5,
+    ]
 
 
 def test_preferences_of_before_there_were_gaps_are_read(tables: Tables, tmp_path: Path) -> None:
@@ -116,7 +119,7 @@ def test_preferences_of_before_there_were_gaps_are_read(tables: Tables, tmp_path
     records.write_table(tmp_path / "preferences.parquet", rows, old)
     inputs = replace(tables.inputs, judge=tmp_path)
     data = load_preferences(load_tokenizer(inputs.model), inputs, MODEL, entry())
-    assert np.isnan(data.train.gap).all()
+    assert np.isnan(data.train[0].gap).all()
 
 
 def test_embeddings_are_those_of_the_items_instructions(tables: Tables) -> None:
@@ -245,3 +248,41 @@ def test_items_per_comparison_are_those_of_the_steps(tables: Tables, tmp_path: P
     expected = sum(one["joint/items"] for one in logged) / sum(one["joint/edges"] for one in logged)
     assert state["items_per_comparison"] == round(expected, 3)
     assert 1 < state["items_per_comparison"] <= 2
+
+
+def sharded(tables: Tables, folder: Path) -> Tables:
+    """The preferences in three shards: two of training, one held out."""
+    whole = records.read_table(tables.inputs.judge / "preferences.parquet", records.PREFERENCES)
+    for number, (start, stop) in enumerate(((0, 3), (3, 7), (7, 8))):
+        path = shards.shard_path(folder / "preferences.parquet", shards.numbered_name(number))
+        shards.write_shard(path, whole.slice(start, stop - start), records.PREFERENCES)
+    return replace(tables, inputs=replace(tables.inputs, judge=folder))
+
+
+def test_shards_are_trained_on_one_after_the_other(tables: Tables, tmp_path: Path) -> None:
+    """Three and four comparisons, at most eight to a step: two steps an epoch, one for each shard."""
+    many = sharded(tables, tmp_path / "judge")
+    data = load_preferences(load_tokenizer(many.inputs.model), many.inputs, MODEL, entry())
+    assert (data.train.sizes, len(data.validation)) == ([3, 4], 1)
+    state = trained(tmp_path / "out", many, entry(comparisons_per_step=8, num_train_epochs=2))
+    assert (state["global_step"], state["comparisons"], state["validation_comparisons"]) == (4, 7, 1)
+    seen = [log["joint/edges"] for log in state["log_history"] if "loss" in log]
+    assert sorted(seen[:2]) == sorted(seen[2:]) == [3, 4]
+    few = trained(tmp_path / "few", many, entry(comparisons_per_step=8, max_train_comparisons=2, num_train_epochs=1))
+    assert (few["global_step"], few["comparisons"]) == (2, 2)
+
+
+def test_resumed_in_the_middle_of_a_shard_equals_uninterrupted(tables: Tables, tmp_path: Path) -> None:
+    """One comparison a step, seven an epoch, in two shards; stopped after the ninth step."""
+    many = sharded(tables, tmp_path / "judge")
+    options = entry(comparisons_per_step=1, num_train_epochs=2, save_steps=3, eval_steps=14)
+
+    def stop(done: int, *_: Any) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    trained(tmp_path / "whole", many, options)
+    with pytest.raises(KeyboardInterrupt):
+        train_preferences(tmp_path / "parts", "cpu", stop, many.inputs, MODEL, options, None)
+    trained(tmp_path / "parts", many, options)
+    assert torch.equal(adapter(tmp_path / "whole"), adapter(tmp_path / "parts"))

@@ -55,7 +55,7 @@ def test_steps_report_their_speed(world: World) -> None:
     assert metrics["joint/items"] == 12
     assert metrics["joint/edges"] == 12
     assert metrics["joint/items_per_second"] == pytest.approx(metrics["joint/comparisons_per_second"])
-    rows = np.unique(np.concatenate([world.data.train.chosen, world.data.train.rejected]))
+    rows = np.unique(np.concatenate([world.data.train[0].chosen, world.data.train[0].rejected]))
     assert metrics["tokens"] == world.tokens.lengths[rows].sum()
     assert 0 < metrics["mfu"] < 1.5
     seconds = 12 / metrics["joint/items_per_second"]

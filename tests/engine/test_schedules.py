@@ -7,8 +7,8 @@ import pytest
 
 from engine.tiny import World, config, edges, make_lists, policy_scorer
 from jpo_ray.engine.batches import Limits, lists, pairs, phased
-from jpo_ray.engine.dataset import PreferenceData
-from jpo_ray.engine.schedules import difficulty, lists_of, preference_schedule, training_edges, validation_batches
+from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData
+from jpo_ray.engine.schedules import EdgeSchedule, difficulty, lists_of, training_edges, validation_batches
 from jpo_ray.engine.tasks import preference_task
 
 
@@ -19,7 +19,7 @@ def four(world: World) -> PreferenceData:
 
 def test_subsets_of_one_seed_are_nested(world: World) -> None:
     two, three, other = (
-        training_edges(world.data, config(max_train_comparisons=count), seed)
+        training_edges(world.data, config(max_train_comparisons=count), seed)[0]
         for count, seed in ((2, 5), (3, 5), (3, 6))
     )
     chosen = [list(zip(some.chosen.tolist(), some.rejected.tolist(), strict=True)) for some in (two, three, other)]
@@ -33,7 +33,7 @@ def test_subsets_of_lists_are_whole_lists(four: PreferenceData) -> None:
     sizes = {
         limit: sorted(np.unique(lists_of(four, kept), return_counts=True)[1].tolist())
         for limit in (1, 4, 7, 9, 10)
-        for kept in [training_edges(four, config(objective="lipo", max_train_comparisons=limit), seed=1)]
+        for kept in [training_edges(four, config(objective="lipo", max_train_comparisons=limit), seed=1)[0]]
     }
     assert sizes[10] == [1, 3, 6]
     assert all(set(found) <= {1, 3, 6} and found for found in sizes.values())
@@ -94,8 +94,8 @@ def test_phases_go_from_easy_to_hard() -> None:
 def test_a_curriculum_of_the_config(world: World) -> None:
     """Gaps 0.5, 1.5, 2.5 in turn: of three phases the first has the widest. Two epochs each begin easy."""
     train = config(curriculum={"phases": 3}, comparisons_per_step=2, num_train_epochs=2)
-    schedule = preference_schedule(world.data, world.data.train, train, seed=0)
-    gaps = [world.data.train.gap[schedule.batch(step)].tolist() for step in range(schedule.total_steps)]
+    schedule = EdgeSchedule(world.data, world.data.train, train, seed=0)
+    gaps = [schedule.batch(step).gap.tolist() for step in range(schedule.total_steps)]
     assert (
         gaps
         == [[2.5] * 2] * 2 + [[1.5] * 2] * 2 + [[0.5] * 2] * 2 + [[2.5] * 2] * 2 + [[1.5] * 2] * 2 + [[0.5] * 2] * 2
@@ -108,10 +108,10 @@ def test_difficulty_by_the_reference(world: World) -> None:
     data = world.data
     assert data.reference is not None
     mean = data.reference[:12, 1] / data.tokens.response_tokens[:12]
-    found = difficulty(data, data.train, "reference")
+    found = difficulty(data, data.train[0], "reference")
     assert found[0] == pytest.approx(mean[1] - mean[0])
     assert found[6] == pytest.approx(mean[3] - mean[0])  # joint: items 0 and 3
-    assert difficulty(data, data.train, "gap").tolist() == (-data.train.gap).tolist()
+    assert difficulty(data, data.train[0], "gap").tolist() == (-data.train[0].gap).tolist()
 
 
 def test_held_out_edges_come_as_in_training_where_that_matters(world: World, four: PreferenceData) -> None:
@@ -131,8 +131,67 @@ def test_held_out_loss_is_that_of_its_batches(objective: str, world: World, four
     train = config(objective=objective, lora_dropout=0.0, comparisons_per_step=2 if objective != "kto" else 64)
     scorer = policy_scorer(world.model, train)
     held_out = preference_task(scorer, data, train, seed=0).evaluate()
-    same = preference_task(scorer, replace(data, train=data.validation), train, seed=0)
+    same = preference_task(scorer, replace(data, train=EdgeShards.of(data.validation)), train, seed=0)
     batches = validation_batches(data, train, seed=0)
     weights = [float(data.validation.weight[batch].sum()) for batch in batches]
     losses = [same.gradients(step)["loss"] for step in range(len(batches))]
     assert held_out["eval_loss"] == pytest.approx(np.average(losses, weights=weights), rel=1e-6)
+
+
+def parted(data: PreferenceData, *ends: int) -> PreferenceData:
+    """The same edges in shards."""
+    parts = np.split(np.arange(data.train.count), ends)
+    whole = data.train[0]
+    return replace(data, train=EdgeShards([len(part) for part in parts], lambda number: whole.take(parts[number])))
+
+
+@pytest.mark.parametrize("batching", ["pairs", "graph"])
+def test_an_epoch_goes_shard_by_shard(world: World, batching: str) -> None:
+    """Twelve edges in shards of 5, 3 and 4, two to a step: 3 + 2 + 2 steps, each edge once, in an order of shards that
+    differs between epochs; any step can be asked for alone, as a resumed run does.
+    """
+    data = parted(world.data, 5, 8)
+    whole = world.data.train[0]
+    train = config(comparisons_per_step=2, num_train_epochs=4, batching=batching)
+    schedule = EdgeSchedule(data, data.train, train, seed=0)
+    assert (schedule.steps_per_epoch, schedule.total_steps) == (7, 28)
+    numbers = [schedule.numbers(step) for step in range(28)]
+    orders = []
+    for epoch in range(4):
+        steps = range(7 * epoch, 7 * epoch + 7)
+        found = [pair for step in steps for pair in zip(*_ends(schedule.batch(step)), strict=True)]
+        assert sorted(found) == sorted(zip(*_ends(whole), strict=True))
+        orders.append(list(dict.fromkeys(numbers[step][0] for step in steps)))
+        assert sorted(orders[-1]) == [0, 1, 2]
+    assert len({tuple(order) for order in orders}) > 1
+    fresh = EdgeSchedule(data, data.train, train, seed=0)
+    for step in (20, 3, 27):
+        assert fresh.numbers(step)[0] == numbers[step][0]
+        assert fresh.numbers(step)[1].tolist() == numbers[step][1].tolist()
+
+
+def test_subsets_take_of_every_shard_its_share(world: World) -> None:
+    """Of shards of 6, 3 and 3 edges: nested, and never more than one away from the share."""
+    data = parted(world.data, 6, 9)
+    before: set[tuple[int, int]] = set()
+    for limit in range(1, 12):
+        kept = training_edges(data, config(max_train_comparisons=limit), seed=5)
+        assert kept.count == limit
+        found = {pair for n in range(len(kept.sizes)) for pair in zip(*_ends(kept[n]), strict=True)}
+        assert len(found) == limit
+        assert before < found
+        before = found
+    assert training_edges(data, config(max_train_comparisons=8), seed=5).sizes == [4, 2, 2]
+
+
+def test_steps_of_shards_whose_batches_must_be_made_to_be_counted(world: World) -> None:
+    """At most 60 tokens to a batch: as many steps as the shards' batches, each edge once."""
+    data = parted(world.data, 7)
+    train = config(comparisons_per_step=8, num_train_epochs=2, max_batch_tokens=60)
+    schedule = EdgeSchedule(data, data.train, train, seed=1)
+    found = [pair for step in range(schedule.total_steps) for pair in zip(*_ends(schedule.batch(step)), strict=True)]
+    assert sorted(found) == sorted([*zip(*_ends(world.data.train[0]), strict=True)] * 2)
+
+
+def _ends(edges: EdgeList) -> tuple[list[int], list[int]]:
+    return edges.chosen.tolist(), edges.rejected.tolist()

@@ -12,7 +12,7 @@ from jpo_ray.config_objective import OBJECTIVES
 from jpo_ray.engine import step as step_module
 from jpo_ray.engine.dataset import PreferenceData
 from jpo_ray.engine.objective import batch_rows, loss_of_scores, weighted_mean
-from jpo_ray.engine.schedules import preference_schedule
+from jpo_ray.engine.schedules import EdgeSchedule
 from jpo_ray.engine.scoring import score_items
 from jpo_ray.engine.step import accumulate_gradients
 from jpo_ray.engine.tasks import preference_task, sft_task
@@ -52,7 +52,7 @@ def test_gradient_is_that_of_a_pair_trainer(world: World) -> None:
     scorer, data, beta = policy_scorer(world.model, train), world.data, train.beta
     loss, gradient = gradients_of(scorer, data, train)
     scorer.model.zero_grad(set_to_none=True)
-    batch = data.train
+    batch = data.train[0]
     total = torch.zeros((), dtype=torch.float64)
     for chosen, rejected, joint, weight, *label in zip(*batch.__dict__.values(), strict=True):
         policy = score_items(scorer, data.tokens, [chosen, rejected])
@@ -78,9 +78,9 @@ def test_gradient_is_that_of_the_loss_of_all_items_at_once(name: str, world: Wor
     scorer = policy_scorer(world.model, train)
     loss, gradient = gradients_of(scorer, data, train)
     scorer.model.zero_grad(set_to_none=True)
-    rows = batch_rows(data, data.train, train)
-    outcome = loss_of_scores(data, data.train, rows, train)(score_items(scorer, data.tokens, rows))
-    total = weighted_mean(outcome.loss_E, data.train)
+    rows = batch_rows(data, data.train[0], train)
+    outcome = loss_of_scores(data, data.train[0], rows, train)(score_items(scorer, data.tokens, rows))
+    total = weighted_mean(outcome.loss_E, data.train[0])
     total.backward()
     plain = torch.cat([p.grad.flatten() for p in scorer.model.parameters() if p.requires_grad and p.grad is not None])
     assert loss == pytest.approx(total.item(), rel=1e-5)
@@ -172,14 +172,14 @@ def test_an_epoch_of_either_mode_has_the_same_gradient_in_all(world: World) -> N
     sums, batches = {}, {}
     for mode in ("graph", "pairs"):
         train = config(lora_dropout=0.0, batching=mode, comparisons_per_step=3)
-        schedule = preference_schedule(world.data, world.data.train, train, seed=0)
-        batches[mode] = [tuple(sorted(schedule.batch(step).tolist())) for step in range(schedule.steps_per_epoch)]
+        schedule = EdgeSchedule(world.data, world.data.train, train, seed=0)
+        batches[mode] = [tuple(sorted(schedule.numbers(step)[1].tolist())) for step in range(schedule.steps_per_epoch)]
         sums[mode] = sum(
             len(batch) * gradients_of(scorer, world.data, train, step=step)[1]
             for step, batch in enumerate(batches[mode])
         )
     assert set(batches["graph"]) != set(batches["pairs"])
-    assert sorted(sum(batches["graph"], ())) == sorted(sum(batches["pairs"], ())) == list(range(len(world.data.train)))
+    assert sorted(sum(batches["graph"], ())) == sorted(sum(batches["pairs"], ())) == list(range(world.data.train.count))
     assert difference(sums["graph"], sums["pairs"]) < SAME
 
 
@@ -255,8 +255,8 @@ def test_metrics_of_a_step(world: World) -> None:
     assert (metrics["joint/items"], metrics["joint/edges"]) == (12, 12)
     assert metrics["tokens"] == int(world.tokens.lengths[:12].sum())
     whole = world.data.reference.sum(1)
-    assert metrics["logps/chosen"] == pytest.approx(whole[world.data.train.chosen].mean(), abs=1e-2)
-    assert metrics["logps/rejected"] == pytest.approx(whole[world.data.train.rejected].mean(), abs=1e-2)
+    assert metrics["logps/chosen"] == pytest.approx(whole[world.data.train[0].chosen].mean(), abs=1e-2)
+    assert metrics["logps/rejected"] == pytest.approx(whole[world.data.train[0].rejected].mean(), abs=1e-2)
 
 
 def test_metrics_after_a_move_by_hand(world: World) -> None:
@@ -266,7 +266,7 @@ def test_metrics_after_a_move_by_hand(world: World) -> None:
     with torch.no_grad():
         ratios = (score_items(scorer, world.tokens, range(12)).numpy() - world.data.reference[:12]) * train.beta
     metrics = preference_task(scorer, world.data, train, seed=0).gradients(0)
-    e = world.data.train
+    e = world.data.train[0]
     instruction = np.where(e.joint, ratios[e.chosen, 0] - ratios[e.rejected, 0], 0)
     response = ratios[e.chosen, 1] - ratios[e.rejected, 1]
     right = instruction + response > 0
@@ -283,7 +283,7 @@ def test_metrics_after_a_move_by_hand(world: World) -> None:
 
 def test_evaluation_scores_the_held_out_edges_in_evaluation_mode(world: World) -> None:
     """The same edges as training's give, without dropout, the loss that training sees without dropout."""
-    data = PreferenceData(world.tokens, world.data.reference, 12, world.data.train, world.data.train)
+    data = PreferenceData(world.tokens, world.data.reference, 12, world.data.train, world.data.train[0])
     train = config(max_micro_batch_tokens=200)
     scorer = policy_scorer(world.model, train)
     scorer.model.eval()

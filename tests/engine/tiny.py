@@ -14,7 +14,7 @@ import torch
 from jpo_ray.config import TrainConfig
 from jpo_ray.config_objective import OBJECTIVES
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
-from jpo_ray.engine.dataset import EdgeList, PreferenceData
+from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData
 from jpo_ray.engine.model import add_lora, load_model, load_tokenizer
 from jpo_ray.engine.scoring import Scorer, make_scorer
 from jpo_ray.engine.sharding import whole
@@ -129,7 +129,7 @@ def world_of(
     directions = np.random.default_rng(0).normal(size=(len(instructions), 4))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     embeddings = np.repeat(directions.astype(np.float16), each, axis=0)
-    return World(model, PreferenceData(tokens, reference, 12, train, validation, embeddings))
+    return World(model, PreferenceData(tokens, reference, 12, EdgeShards.of(train), validation, embeddings))
 
 
 def edges(conditional: list[tuple[int, int]], joint: list[tuple[int, int]]) -> EdgeList:
@@ -142,7 +142,7 @@ def edges(conditional: list[tuple[int, int]], joint: list[tuple[int, int]]) -> E
 
 
 def only_conditional(data: PreferenceData) -> PreferenceData:
-    return replace(data, train=data.train.take(np.flatnonzero(~data.train.joint)))
+    return replace(data, train=EdgeShards.of(data.train[0].take(np.flatnonzero(~data.train[0].joint))))
 
 
 def config(**options: Any) -> TrainConfig:

@@ -8,7 +8,7 @@ import pytest
 
 from jpo_ray import records
 from jpo_ray.feedback.annotators import one_by_one, score_annotator
-from jpo_ray.feedback.closure import ItemGraph, implied_preferences, implied_rows, item_graph, warning
+from jpo_ray.feedback.closure import ItemGraph, implied_preferences, implied_table, item_graph, judged_edges, warning
 from jpo_ray.feedback.judge import comparisons_of, judge
 from jpo_ray.feedback.strengths import fit_strengths, graph_facts
 from jpo_ray.sandbox import make_rows, quality
@@ -110,13 +110,12 @@ def test_from_judgments_to_preferences() -> None:
     pairs = pa.Table.from_pylist(rows, records.PAIRS)
     annotator = score_annotator("length", one_by_one(lambda _, text: float(len(text))), noise=0, tie_band=0, seed=0)
     judgments = judge(comparisons_of(pairs, items), annotator) * 8  # so many people of the same mind
-    graph = item_graph(pairs, judgments, "train")
+    graph = item_graph(judged_edges(pairs, pa.Table.from_pylist(judgments, records.JUDGMENTS), "train"))
     assert len(graph.first) == 3 * 8
     fitted = fit_strengths(len(graph.ids), graph.first, graph.second, graph.outcome)
-    found = implied_rows(graph, fitted, items, 4, 0.51, 0)
-    assert {(row["chosen"], row["rejected"], row["protocol"]) for row in found} == {
+    table = implied_table(graph, fitted, items, 4, 0.51, 0)
+    assert {(row["chosen"], row["rejected"], row["protocol"]) for row in table.to_pylist()} == {
         (ids[0], ids[2], "joint"), (ids[0], ids[3], "joint"), (ids[1], ids[3], "joint"),
     }  # fmt: skip
-    table = records.pa.Table.from_pylist(found, records.PREFERENCES)
     assert 0.5 < min(table["probability"].to_pylist()) < max(table["probability"].to_pylist()) < 1
     assert graph.table(fitted, "train").select(records.STRENGTHS.names).cast(records.STRENGTHS).num_rows == 4

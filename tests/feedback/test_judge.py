@@ -13,12 +13,10 @@ from jpo_ray.feedback.annotators import Annotator, Answer, Comparison, Verdict, 
 from jpo_ray.feedback.judge import (
     combine_orders,
     comparisons_of,
-    invalid_warning,
     judge,
-    judgment_counts,
     preferences,
-    require_verdicts,
 )
+from jpo_ray.feedback.tally import invalid_warning, judgment_counts, require_verdicts
 
 
 def comparison(key: str = "k") -> Comparison:
@@ -179,17 +177,22 @@ def judgment(number: int, verdict: str, ab: str = "a", ba: str | None = "a", cos
     return dict.fromkeys(records.JUDGMENTS.names, "") | fields | {"pair_id": f"p{number}", "annotator": "m"}
 
 
+def judged(*rows: dict[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), records.JUDGMENTS)
+
+
 def test_preferences_are_the_decisive_verdicts(tmp_path: Path) -> None:
     judgments = [judgment(number, verdict) for number, verdict in ((2, "b"), (1, "a"), (3, "tie"), (4, "invalid"))]
-    rows = preferences(PAIRS, judgments)
+    table = preferences(PAIRS, judged(*judgments))
+    rows = table.to_pylist()
     shared = {"weight": 1.0, "probability": 1.0, "gap": None}
     assert rows == [
         {"chosen": "y2", "rejected": "x2", "protocol": "conditional", "split": "validation", **shared},
         {"chosen": "x1", "rejected": "y1", "protocol": "joint", "split": "train", **shared},
     ]
-    assert records.write_table(tmp_path / "p.parquet", rows, records.PREFERENCES).num_rows == 2
+    assert records.write_table(tmp_path / "p.parquet", table, records.PREFERENCES).num_rows == 2
     with pytest.raises(KeyError, match="p9"):
-        preferences(PAIRS, [judgment(9, "a")])
+        preferences(PAIRS, judged(judgment(9, "a")))
 
 
 def test_an_annotator_that_says_how_sure_it_is_gives_soft_labels() -> None:
@@ -198,7 +201,7 @@ def test_an_annotator_that_says_how_sure_it_is_gives_soft_labels() -> None:
 
     (row,) = judge([comparison("p1")], Annotator("m", answer))
     assert row["probability"] == pytest.approx(0.2)
-    (found,) = preferences(PAIRS, [row])
+    (found,) = preferences(PAIRS, judged(row)).to_pylist()
     assert found | {"probability": 0, "gap": 0} == {
         "chosen": "y1", "rejected": "x1", "protocol": "joint", "weight": 1.0, "probability": 0, "gap": 0,
         "split": "train",
@@ -209,7 +212,7 @@ def test_an_annotator_that_says_how_sure_it_is_gives_soft_labels() -> None:
 
 def test_a_certain_soft_label_has_a_finite_gap() -> None:
     (row,) = judge([comparison("p1")], Annotator("m", lambda *_: [Answer("a", share_a=1.0)], both_orders=False))
-    (found,) = preferences(PAIRS, [row])
+    (found,) = preferences(PAIRS, judged(row)).to_pylist()
     assert (found["probability"], found["gap"]) == (1.0, pytest.approx(9.2102404))  # log(0.9999 / 0.0001)
 
 
@@ -221,7 +224,7 @@ def test_an_annotator_that_scores_items_says_by_how_much_one_is_better() -> None
 
     (row,) = judge([comparison("p1")], Annotator("m", answer))
     assert row["gap"] == -2.5
-    assert preferences(PAIRS, [row])[0]["gap"] == 2.5
+    assert preferences(PAIRS, judged(row))["gap"][0].as_py() == 2.5
 
 
 def test_counts_of_judgments() -> None:

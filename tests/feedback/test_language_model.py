@@ -14,10 +14,11 @@ from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Comparison
 from jpo_ray.feedback.answer_log import AnswerLog, Reply, prompt_key
 from jpo_ray.feedback.asking import Asked
-from jpo_ray.feedback.judge import judge, judgment_counts
+from jpo_ray.feedback.judge import judge
 from jpo_ray.feedback.language_model import endpoint_annotator, estimate, language_model, service_of
 from jpo_ray.feedback.meter import Prices
 from jpo_ray.feedback.prompts import Messages, load_prompts
+from jpo_ray.feedback.tally import judgment_counts
 
 KEY = "sk-canary-0123456789"
 

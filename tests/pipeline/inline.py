@@ -6,7 +6,7 @@ hashes of the texts.
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jpo_ray.cluster import embedding, policy, reference, sampling, tiles, training
+from jpo_ray.cluster import embedding, policy, reference, sampling, shards, spreading, tiles, training
 from jpo_ray.config import RunConfig
 from jpo_ray.config_file import parse_config
 from jpo_ray.data.tokens import TokenizedItems
@@ -54,6 +54,14 @@ class Cluster:
             self.calls.append("tiles")
         for task in tasks:
             yield task, tiles.encoded(run_task(plan, task, *sides, vectors.array, search))
+
+    def in_order(
+        self, _ray: Any, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *shared: Any
+    ) -> Iterator[Any]:
+        for each in arguments:
+            if self.calls[-1:] != ["shards"]:
+                self.calls.append("shards")
+            yield function(*shared, *each)
 
     def run_training(
         self, _ray: Any, _config: Any, stage: str, work: training.Work, out: Path, show: Any
@@ -111,6 +119,8 @@ def install(patch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
     patch.setattr(embedding, "embed_texts", cluster.embed_texts)
     patch.setattr(tiles, "_tasks_on_ray", cluster.tasks)
+    for module in (shards, spreading):
+        patch.setattr(module, "in_order", cluster.in_order)
     patch.setattr(policy, "policy_facts", cluster.policy_facts)
     patch.setattr(training, "run_training", cluster.run_training)
     patch.setattr(reference, "_scored", cluster.scored)

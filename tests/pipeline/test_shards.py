@@ -1,0 +1,106 @@
+"""Many comparisons are kept in shards, from pairs to training; few are one file. Both say the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from jpo_ray import records, shards
+from jpo_ray.evaluation.run_facts import funnel, joint_similarities
+from jpo_ray.files import read_json
+from jpo_ray.runs import RunDir
+from pipeline.inline import JPO, LIMITS, Cluster, run, small_config
+
+TABLES = {
+    "pairs/pairs.parquet": (records.PAIRS, "pair_id"),
+    "judge/judgments.parquet": (records.JUDGMENTS, "pair_id"),
+    "judge/preferences.parquet": (records.PREFERENCES, "chosen"),
+}
+
+
+def config(**joint: Any) -> Any:
+    budget = {"budget": 400, "validation_budget": 20} | joint
+    return small_config(pairs={"joint": budget}, train=[JPO], sample=None, evaluate=None)
+
+
+def table(run_dir: Path, name: str) -> pa.Table:
+    """In an order of its own, since shards have another."""
+    found = records.read_table(run_dir / name, TABLES[name][0])
+    keys = [(key, "ascending") for key in ("pair_id", "chosen", "rejected") if key in found.column_names]
+    return found.take(pc.sort_indices(found, sort_keys=keys))
+
+
+@pytest.mark.parametrize("joint", [{}, {"max_per_item": 20}, {"group_size": 24}, {"strategy": "similar"}])
+def test_shards_hold_what_one_file_holds(
+    joint: dict[str, Any], tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """448 training pairs in shards of about 100: 6 tiles of 3 blocks, or 5 of groups; 20 and 12 held out in one."""
+    stages = ["items", "pairs", "judge"]
+    run(config(**joint), tmp_path / "one", stages)
+    assert "shards" not in cluster.calls
+    monkeypatch.setattr(shards, "ROWS", 100)
+    run(config(**joint), tmp_path / "many", stages)
+    assert "shards" in cluster.calls
+    for name in TABLES:
+        path = tmp_path / "many" / name
+        assert (tmp_path / "one" / name).is_file()
+        assert len(shards.files_of(path)) == (6 if "group_size" in joint else 7)
+        assert table(tmp_path / "many", name).equals(table(tmp_path / "one", name))
+    one, many = (read_json(tmp_path / name / "judge" / "manifest.json")["counts"] for name in ("one", "many"))
+    assert one == many
+    pairs = [read_json(tmp_path / name / "pairs" / "manifest.json")["counts"] for name in ("one", "many")]
+    assert pairs[0] == pairs[1] == {
+        "train conditional": 48, "train joint": 400, "validation conditional": 12, "validation joint": 20,
+    }  # fmt: skip
+    facts = [RunDir(tmp_path / name) for name in ("one", "many")]
+    standing = [{name: each.manifest(name) for name in ("items", "pairs", "judge")} for each in facts]
+    assert funnel(facts[0], standing[0]) == funnel(facts[1], standing[1])  # type: ignore[arg-type]
+    assert sorted(joint_similarities(facts[0], standing[0])) == sorted(joint_similarities(facts[1], standing[1]))  # type: ignore[arg-type]
+
+
+def test_a_shard_has_items_of_two_blocks_and_its_share_of_conditional_pairs(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROWS", 100)
+    run(config(), tmp_path, ["items", "pairs"])
+    assert cluster.calls.count("embed") == 1
+    *training, held_out = shards.files_of(tmp_path / "pairs" / "pairs.parquet")
+    sizes, conditional = [], []
+    for file in training:
+        kinds = shards.kinds_of(file)
+        assert {split for split, _ in kinds} == {"train"}
+        sizes.append(sum(kinds.values()))
+        conditional.append(kinds["train", "conditional"])
+        items = shards.distinct([file], ["item_a", "item_b"])
+        assert len(items) <= 2 * (2 * LIMITS["train"] // 3 + 2)
+    assert (sum(sizes), sum(conditional)) == (448, 48)
+    assert sum(1 for count in conditional if count) >= 5
+    assert {split for split, _ in shards.kinds_of(held_out)} == {"validation"}
+
+
+def test_a_run_in_shards_trains_and_closes_its_graph(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROWS", 100)
+    monkeypatch.setenv("JPO_CACHE", str(tmp_path / "cache"))
+    sections = config().model_dump()
+    judge = {"annotator": "sandbox", "noise": 0.05, "tie_band": 0.05}
+    judge |= {"closure": {"per_item": 2, "min_probability": 0.6}, "also": [judge | {"name": "second", "noise": 0.3}]}
+    whole = small_config(pairs=sections["pairs"], train=[JPO], judge=judge, sample=None, evaluate=None)
+    run(whole, tmp_path / "run", ["items", "pairs", "judge", "sft", "reference", "train"])
+    counts = {name: read_json(tmp_path / "run" / name / "manifest.json")["counts"] for name in ("judge", "train/jpo")}
+    assert counts["judge"]["implied"] > 0
+    assert set(counts["judge"]["annotators"]) == {"sandbox", "second"}
+    judgments = records.read_table(tmp_path / "run" / "judge" / "judgments.parquet", records.JUDGMENTS)
+    assert judgments["annotator"].value_counts().to_pylist() == [
+        {"values": "sandbox", "counts": 480}, {"values": "second", "counts": 480},
+    ]  # fmt: skip
+    kinds = shards.kinds_of_all(shards.files_of(tmp_path / "run" / "judge" / "preferences.parquet"))
+    trained = kinds["train", "conditional"] + kinds["train", "joint"]
+    assert counts["train/jpo"]["comparisons"] == trained
+    sizes = [shards.kinds_of(file) for file in shards.files_of(tmp_path / "run" / "judge" / "preferences.parquet")]
+    steps = sum(-(-(one["train", "conditional"] + one["train", "joint"]) // 16) for one in sizes)
+    assert counts["train/jpo"]["steps"] == steps > trained / 16
+    assert cluster.calls[-1] == "train-jpo"
