@@ -25,12 +25,15 @@ KILL_CLIENTS = 16
 
 
 async def overload(server: Server, seconds: float, most: int) -> str:
-    """Ten times as many clients as the server takes at once, each asking again at once when it is refused."""
+    """Ten times as many clients as the server takes at once. Who is refused asks again after the time that it is told;
+    they begin spread over a second, so that they do not all ask in the same moments for ever.
+    """
     served, refused, other = [], [], 0
     ends = time.monotonic() + seconds
 
     async def one_client(client: aiohttp.ClientSession, place: int) -> None:
         nonlocal other
+        await asyncio.sleep(place / (10 * most))
         while time.monotonic() < ends:
             began = time.monotonic()
             async with client.post("/v1/completions", json=body("sft", place)) as reply:
@@ -65,9 +68,10 @@ async def kill(server: Server, seconds: float) -> str:
 
     async def one_client(client: openai.AsyncOpenAI, place: int) -> None:
         while time.monotonic() < ends:
-            began = time.monotonic()
+            began, fields = time.monotonic(), body(("sft", *ADAPTERS)[place % 5], place)
+            more = {"ignore_eos": fields.pop("ignore_eos")}  # vLLM's, not OpenAI's
             try:
-                reply = await client.completions.create(**body(("sft", *ADAPTERS)[place % 5], place))
+                reply = await client.completions.create(**fields, extra_body=more)
                 assert reply.usage is not None
                 assert reply.usage.completion_tokens == NEW_TOKENS
                 done.append(time.monotonic() - began)
