@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jpo_ray.cluster.session import ray_session
-from jpo_ray.config import ClusterConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.feedback.annotators import Comparison
 from jpo_ray.feedback.judge import judge

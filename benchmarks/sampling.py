@@ -26,7 +26,8 @@ from rich.table import Table
 
 from jpo_ray.cluster.sampling import VLLM_CPU_ENV, engine_options, generate
 from jpo_ray.cluster.session import ray_session
-from jpo_ray.config import ClusterConfig, SampleConfig
+from jpo_ray.config import SampleConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.evaluation.generation import Request, SampledModel
 from jpo_ray.sandbox import BASE_MODEL, make_rows
 

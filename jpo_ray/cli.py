@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from jpo_ray.cli_parser import ADD_FILES, build_parser
@@ -15,32 +16,38 @@ from jpo_ray.runs import run_root
 from jpo_ray.store import is_uri
 
 ERROR_LOG = "error.log"
+JOBS_COPY = "working_dir_files"  # a folder of Ray's, below which jobs run
 
 
-def run_command(arguments: argparse.Namespace) -> None:
-    """Carry out a parsed command line. Raises `InputError` on bad input."""
+def run_command(arguments: argparse.Namespace) -> int | None:
+    """Carry out a parsed command line; returns an exit code that is not this process's own. Raises `InputError`."""
     if arguments.command == "sandbox":
         _sandbox(arguments)
-        return
+        return None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if arguments.command in OWN_COMMANDS:
-        OWN_COMMANDS[arguments.command](arguments)
-        return
+        return OWN_COMMANDS[arguments.command](arguments)
     if arguments.command in ADD_FILES and _works_on_files(arguments):
-        return
+        return None
     from jpo_ray.config_file import load_config
 
     path = _demo_config() if arguments.command == "demo" else arguments.config
     config = load_config(path, arguments.overrides)
+    if not (is_uri(arguments.run_dir) or Path(arguments.run_dir).is_absolute()) and JOBS_COPY in Path.cwd().parts:
+        raise InputError(
+            f"--run-dir {arguments.run_dir}: would end with the job, in Ray's copy of the working directory; name the "
+            "whole path of a folder that all nodes see, or a URI"
+        )
     from jpo_ray.pipeline import STAGES, dry_run_judge, run_stages
 
     if arguments.command == "judge" and arguments.dry_run:
         dry_run_judge(config, arguments.run_dir)
-        return
+        return None
     stages = list(STAGES) if arguments.command in ("run", "demo") else [arguments.command]
     run_stages(config, arguments.run_dir, stages)
     if arguments.command in ("run", "demo"):
         (run_root(arguments.run_dir) / ERROR_LOG).unlink(missing_ok=True)  # of an attempt that this one made good
+    return None
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
@@ -148,13 +155,30 @@ def _plan(arguments: argparse.Namespace) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-OWN_COMMANDS = {
+def _submit(arguments: argparse.Namespace) -> int:
+    from jpo_ray.cluster.submission import submit
+
+    def say(text: str) -> None:
+        print(text, end="", flush=True)
+
+    return submit(
+        arguments.address,
+        arguments.entrypoint,
+        arguments.runtime_env,
+        arguments.working_dir,
+        say,
+        wait=not arguments.no_wait,
+    )
+
+
+OWN_COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "plan": _plan,
     "analyze": _analyze,
     "annotate": _annotate,
     "export": _export,
     "serve": _serve,
     "scale": _scale,
+    "submit": _submit,
     "alpaca-eval": _alpaca_eval,
 }
 
@@ -248,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     _add_rest(parser, arguments, rest)
     try:
-        run_command(arguments)
+        code = run_command(arguments)
     except InputError as error:
         print(f"jpo: {error}", file=sys.stderr)
         return 2
@@ -257,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         return _failed(error, getattr(arguments, "run_dir", None))
-    return 0
+    return code or 0
 
 
 def _add_rest(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: list[str]) -> None:

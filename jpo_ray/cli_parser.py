@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     alpaca.add_argument("annotations", nargs="*", type=Path, metavar="FILE", help="import: its annotations.json files")
     alpaca.add_argument("--run-dir", type=location, required=True, help="folder of a run that has samples")
     alpaca.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
+    _add_submit(commands.add_parser("submit", help="run a command on a Ray cluster, as `ray job submit` does"))
     demo = commands.add_parser("demo", help="the whole pipeline on the embedded sandbox, a few minutes on two cores")
     demo.add_argument("--run-dir", type=location, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -73,6 +74,16 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--count", type=int, default=3000)
     data.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", metavar="URL", help="http://HEAD:8265; default: RAY_API_SERVER_ADDRESS")
+    parser.add_argument(
+        "--working-dir", type=Path, default=Path(), metavar="DIR", help="folder to send, and to run in; default: this"
+    )
+    parser.add_argument("--runtime-env", type=Path, metavar="FILE", help="YAML file; see configs/cluster/")
+    parser.add_argument("--no-wait", action="store_true", help="do not show its output until it ends")
+    parser.add_argument("entrypoint", nargs="+", metavar="-- COMMAND", help="-- python jobs/align.py --config ...")
 
 
 def _add_analyze(parser: argparse.ArgumentParser) -> None:

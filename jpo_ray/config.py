@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from jpo_ray.config_base import NAME_PATTERN, Cosine, Count, NonNegative, Positive, Section, Seed, Steps
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.config_judge import AnnotatorConfig, JudgeConfig
 from jpo_ray.config_objective import OBJECTIVES, LossConfig, Reads
 from jpo_ray.config_plan import PlanConfig
@@ -235,19 +236,6 @@ class EvaluateConfig(Section):
 
 class ReportConfig(Section):
     sample_rows: Count = 40  # instructions shown side by side
-
-
-class ClusterConfig(Section):
-    """What Ray may use. Defaults suit one machine."""
-
-    address: str | None = None  # of a running Ray cluster; default: RAY_ADDRESS, else a local one
-    num_workers: Count = 1  # training workers
-    cpus_per_worker: Count | None = None  # default: the node's CPUs shared among the workers
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    num_actors: Count = 1  # embedding, reference and sampling actors
-    trainings_at_once: Count = 1  # entries of `train` side by side, each on `num_workers` workers
-    max_failures: Annotated[int, Field(ge=0)] = 3  # restarts of a training worker group
-    collective_timeout_s: Positive = 300.0  # a worker that keeps the others waiting longer has failed
 
 
 class RunConfig(Section):

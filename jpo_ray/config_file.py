@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from jpo_ray.config import ClusterConfig, RunConfig
+from jpo_ray.config import RunConfig
 from jpo_ray.config_base import Section
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.errors import InputError
 

@@ -17,7 +17,7 @@ ROWS = [
     ["store_lease", "stored"],
     ["records", "config_base", "runs"],
     ["shards"],
-    ["config_judge", "config_objective", "config_plan", "config_rounds"],
+    ["config_cluster", "config_judge", "config_objective", "config_plan", "config_rounds"],
     ["config"],
     ["config_file", "cache"],
     ["config_experiment", "config_serve"],

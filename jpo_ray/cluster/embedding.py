@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from jpo_ray.cache import cache_folder
 from jpo_ray.cluster.session import map_on_actors
-from jpo_ray.config import ClusterConfig, PairsConfig
+from jpo_ray.config import PairsConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.errors import InputError
 from jpo_ray.pairs.embedding import (
     cache_vectors,

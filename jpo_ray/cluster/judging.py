@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jpo_ray.cluster.resources import as_options, await_resources, on_this_node, worker_resources
 from jpo_ray.cluster.sampling import VLLM_CPU_ENV, require_vllm
-from jpo_ray.cluster.session import Cluster, require_resources, worker_resources
+from jpo_ray.cluster.session import Cluster
 from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import Annotator
@@ -66,12 +67,11 @@ def _engines(cluster: Cluster, model: LocalModel) -> Model:
     def start(ray: Any) -> list[Any]:
         config, gpu = cluster.config, cluster.config.gpus_per_worker > 0
         wanted = worker_resources(ray, config, config.num_actors)
-        require_resources(ray, "judge", [wanted] * config.num_actors)
+        await_resources(ray, config, cluster.stage, [wanted] * config.num_actors)
         # Ray would hold an engine to one thread.
         env = {} if gpu else VLLM_CPU_ENV | {"OMP_NUM_THREADS": str(int(wanted["CPU"]))}
         actor = ray.remote(VLLMJudge).options(
-            num_cpus=wanted["CPU"],
-            num_gpus=wanted.get("GPU", 0),
+            **as_options(wanted),
             runtime_env={"env_vars": env},
             max_concurrency=1024,
             **SURVIVES,
@@ -86,8 +86,11 @@ def spread_endpoint(cluster: Cluster, actors: int, service: Service, limits: Met
     meter = RemoteMeter(cluster, limits)
 
     def start(ray: Any) -> list[Any]:
-        require_resources(ray, "judge", [{"CPU": 1.0}] * actors)
-        actor = ray.remote(EndpointJudge).options(num_cpus=1, max_concurrency=service.concurrency + 1, **SURVIVES)
+        wanted = {"CPU": 1.0} | cluster.config.custom_resources
+        await_resources(ray, cluster.config, cluster.stage, [wanted] * actors)
+        actor = ray.remote(EndpointJudge).options(
+            **as_options(wanted), max_concurrency=service.concurrency + 1, **SURVIVES
+        )
         return [actor.remote(service, meter.actor()) for _ in range(actors)]
 
     return _on_actors(cluster, start, None), meter.bill
@@ -102,7 +105,9 @@ class RemoteMeter:
 
     def actor(self) -> Any:
         if self._actor is None:
-            self._actor = self._cluster.ray().remote(Meter).options(num_cpus=0).remote(self._limits)
+            ray = self._cluster.ray()
+            here = on_this_node(ray)
+            self._actor = ray.remote(Meter).options(num_cpus=0, scheduling_strategy=here).remote(self._limits)
         return self._actor
 
     def bill(self, tokens: int, cost: float) -> tuple[int, float]:

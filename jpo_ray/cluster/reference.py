@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jpo_ray.cluster.session import map_on_actors
-from jpo_ray.config import ClusterConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.lanes import side_by_side
 from jpo_ray.engine.micro_batches import micro_batches

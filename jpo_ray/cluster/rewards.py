@@ -72,7 +72,7 @@ def _scored(
         }
         for number, items in enumerate(batches)
     ]
-    for row in map_on_actors(cluster.ray(), cluster.config, "judge", rows, RewardActor, str(folder), max_length):
+    for row in map_on_actors(cluster.ray(), cluster.config, cluster.stage, rows, RewardActor, str(folder), max_length):
         if row["error"]:
             raise InputError(f"judge.model: {row['error']}")
         yield batches[row["batch"]], row["scores"].tolist(), list(row["reasons"])

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.cluster.session import on_node, require_resources, worker_resources
-from jpo_ray.config import ClusterConfig, SampleConfig
+from jpo_ray.cluster.resources import as_options, await_resources, worker_resources
+from jpo_ray.cluster.session import on_node
+from jpo_ray.config import SampleConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.generation import Generated, Request, SampledModel, TransformersSampler
 
@@ -70,8 +72,8 @@ def _vllm(
     ray: Any, cluster: ClusterConfig, config: SampleConfig, dtype: str, base: Path, requests: Sequence[Request]
 ) -> Iterator[Generated]:
     gpu, parts = cluster.gpus_per_worker > 0, config.tensor_parallel_size
-    bundle = ({"GPU": float(parts)} if gpu else {}) | {"CPU": float(parts)}
-    require_resources(ray, "sample", [bundle] * cluster.num_actors)
+    bundle = ({"GPU": float(parts)} if gpu else {}) | {"CPU": float(parts)} | cluster.custom_resources
+    await_resources(ray, cluster, "sample", [bundle] * cluster.num_actors)
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     processor = build_processor(
@@ -196,7 +198,7 @@ def _transformers(
     ray: Any, cluster: ClusterConfig, config: SampleConfig, dtype: str, base: Path, requests: Sequence[Request]
 ) -> Iterator[Generated]:
     wanted = worker_resources(ray, cluster, cluster.num_actors)
-    require_resources(ray, "sample", [wanted] * cluster.num_actors)
+    await_resources(ray, cluster, "sample", [wanted] * cluster.num_actors)
     adapters = list({r.model.path: r.model for r in requests if r.model.is_adapter}.values())
     rows = [{"requests": _Group(group)} for group in _groups(requests)]
     answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -205,8 +207,7 @@ def _transformers(
         fn_kwargs={"max_new_tokens": config.max_new_tokens, "stop": config.stop},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=cluster.num_actors),
-        num_cpus=wanted["CPU"],
-        num_gpus=wanted.get("GPU", 0),
+        **as_options(wanted),
     )
     for row in answered.iter_rows():
         yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]))

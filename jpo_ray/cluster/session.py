@@ -1,4 +1,4 @@
-"""Connecting to Ray, and asking only for what the cluster can give."""
+"""Connecting to Ray, and running rows through a pool of actors."""
 
 import logging
 import os
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.config import ClusterConfig
+from jpo_ray.cluster.resources import as_options, await_resources, worker_resources
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.errors import InputError
 from jpo_ray.stored import origins
 
@@ -32,6 +33,7 @@ class Cluster:
     ray: Callable[[], Any]
     config: ClusterConfig
     stack: ExitStack
+    stage: str  # that it is asked for
 
 
 @contextmanager
@@ -85,39 +87,6 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-LESS = "lower cluster.num_workers, num_actors, cpus_per_worker or gpus_per_worker"
-
-
-def require_resources(ray: Any, stage: str, bundles: list[dict[str, float]], mend: str = LESS) -> None:
-    """Raise `InputError` at once where the cluster can never place `bundles`; Ray itself would wait for ever."""
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    for bundle in sorted(bundles, key=lambda wanted: -sum(wanted.values())):
-        node = next((node for node in nodes if _fits(bundle, node)), None)
-        if node is None:
-            total = ray.cluster_resources()
-            have = ", ".join(f"{total.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
-            raise InputError(
-                f"{stage}: asks for {len(bundles)} x {_describe(bundle)}, but the cluster has {have} on "
-                f"{len(nodes)} node(s); {mend}"
-            )
-        for kind, amount in bundle.items():
-            node[kind] = node.get(kind, 0) - amount
-
-
-def cpus_for_each(ray: Any, config: ClusterConfig, count: int) -> int:
-    """CPUs of each of `count` equal workers: as configured, or a node's fair share."""
-    if config.cpus_per_worker:
-        return config.cpus_per_worker
-    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    hosts = [amount for amount in cpus if amount] or [1]  # a cluster's head may have none to give
-    return max(1, int(min(hosts) // -(-count // len(hosts))))
-
-
-def worker_resources(ray: Any, config: ClusterConfig, count: int) -> dict[str, float]:
-    wanted = {"CPU": float(cpus_for_each(ray, config, count))}
-    return wanted | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
-
-
 def map_on_actors(
     ray: Any,
     config: ClusterConfig,
@@ -134,7 +103,7 @@ def map_on_actors(
     has no GPU). `needs` are the folders that it reads. Raises `InputError` where the cluster has no room for the pool.
     """
     wanted = worker_resources(ray, config, config.num_actors)
-    require_resources(ray, stage, [wanted] * config.num_actors)
+    await_resources(ray, config, stage, [wanted] * config.num_actors)
     threads, gpus = int(wanted["CPU"]), wanted.get("GPU", 0)
     at_once = threads if row_per_cpu and not gpus else 1
     blocks = -(-len(rows) // at_once)
@@ -143,8 +112,7 @@ def map_on_actors(
         fn_constructor_args=(*arguments, "cuda" if gpus else "cpu", threads),
         batch_size=at_once,
         compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, blocks)),
-        num_cpus=wanted["CPU"],
-        num_gpus=gpus,
+        **as_options(wanted),
     )
     yield from mapped.iter_rows()
 
@@ -162,11 +130,3 @@ def on_node(actor: type, needs: Sequence[Path]) -> type:
             super().__init__(*arguments, **options)
 
     return Fetching
-
-
-def _fits(bundle: dict[str, float], node: dict[str, float]) -> bool:
-    return all(node.get(kind, 0) >= amount for kind, amount in bundle.items())
-
-
-def _describe(bundle: dict[str, float]) -> str:
-    return " + ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.cluster.session import require_resources, worker_resources
-from jpo_ray.config import ClusterConfig
+from jpo_ray.cluster.resources import await_resources, on_this_node, worker_resources
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.engine.checkpoints import fetch_checkpoints
 from jpo_ray.errors import InputError
 from jpo_ray.files import hash_file
@@ -78,8 +78,8 @@ def run_training(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     wanted = worker_resources(ray, config, config.num_workers * config.trainings_at_once)
-    require_resources(ray, stage, [wanted] * config.num_workers)
-    board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    await_resources(ray, config, stage, [wanted] * config.num_workers)
+    board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=on_this_node(ray)).remote()
     gpu = bool(wanted.get("GPU"))
     storage = (out.parent / f"ray-{out.name}").resolve()  # Ray Train's own notes; our checkpoints are in `out`
     shutil.rmtree(storage, ignore_errors=True)  # of a run that was killed

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.cluster.session import require_resources, worker_resources
-from jpo_ray.config import ClusterConfig
+from jpo_ray.cluster.resources import await_resources, worker_resources
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.errors import InputError
 
 # A trial whose training starts workers of its own only waits for them.
@@ -31,7 +31,7 @@ def run_trials(
     from ray import tune
 
     wanted = worker_resources(ray, config, config.num_workers * config.trainings_at_once)
-    require_resources(ray, "train", [wanted] * config.num_workers * config.trainings_at_once)
+    await_resources(ray, config, "train", [wanted] * config.num_workers * config.trainings_at_once)
 
     shutil.rmtree(notes, ignore_errors=True)  # of a run that was killed
     stop = threading.Event()

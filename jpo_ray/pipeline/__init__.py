@@ -86,7 +86,7 @@ def train_side_by_side(context: Context) -> None:
             bar.begin(len(names))
             notes = context.run.root / ".building" / "trials"
             run_trials(
-                context.ray(), context.config.cluster, train, names, notes,
+                context.ray(), context.cluster("train"), train, names, notes,
                 lambda: bar.to(sum(stands(context, spec) for spec in lacking)),
             )  # fmt: skip
     for spec in specs:

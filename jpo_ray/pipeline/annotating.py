@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from jpo_ray.cache import cache_folder
 from jpo_ray.cluster.session import Cluster, ray_session
-from jpo_ray.config import ClusterConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.annotators import (
@@ -56,11 +56,16 @@ def annotator_inputs(config: AnnotatorConfig) -> dict[str, str]:
 
 @contextmanager
 def open_annotator(
-    config: AnnotatorConfig, ray: Callable[[], Any], cluster: ClusterConfig, seed: int, given: Given | None = None
+    config: AnnotatorConfig,
+    ray: Callable[[], Any],
+    cluster: ClusterConfig,
+    seed: int,
+    given: Given | None = None,
+    stage: str = "judge",
 ) -> Iterator[Annotator]:
     """The configured annotator; what it starts on the cluster ends with it. Raises `InputError`."""
     with ExitStack() as stack:
-        yield _annotator(config, Cluster(ray, cluster, stack), seed, given)
+        yield _annotator(config, Cluster(ray, cluster, stack, stage), seed, given)
 
 
 def check_annotator(config: AnnotatorConfig, cluster: ClusterConfig) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jpo_ray.artifacts import Manifest, stage_fingerprint
 from jpo_ray.config import RunConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.engine.tracking import Tracking, trackers_of
 from jpo_ray.errors import InputError
 from jpo_ray.runs import RunDir
@@ -55,6 +56,17 @@ class Context:
 
             self._ray = self.stack.enter_context(ray_session(self.config.cluster))
         return self._ray
+
+    def ray_with_a_core(self) -> Any:
+        """Ray, once a core is free for the tasks of `pairs`; they take as many as there are."""
+        from jpo_ray.cluster.resources import await_resources
+
+        await_resources(self.ray(), self.cluster("pairs"), "pairs", [{"CPU": 1.0}])
+        return self.ray()
+
+    def cluster(self, stage: str) -> ClusterConfig:
+        """What the stage may use of it."""
+        return self.config.cluster.of(stage)
 
     def specs_of(self, stage: str) -> list[Spec]:
         if stage not in self._known:

@@ -55,7 +55,7 @@ def evaluate_file(
     golds = _golds(gold)
     rows = _samples(samples, golds, by_order=by_order)
     with (
-        open_file_annotator(config.judge, config.cluster) as annotator,
+        open_file_annotator(config.judge, config.cluster.of("evaluate")) as annotator,
         progress_bar(console, f"judging {samples.name}") as bar,
     ):
         bar.begin(len(rows))

@@ -41,7 +41,7 @@ def evaluate_specs(context: Context) -> list[Spec]:
         samples = records.read_table(context.path("sample") / "samples.parquet", records.SAMPLES)
         golds = gold_responses(context)
         with (
-            run_annotator(context, judge) as annotator,
+            run_annotator(context, judge, stage="evaluate") as annotator,
             progress_bar(context.console, "judging samples against gold") as bar,
         ):
             bar.begin(samples.num_rows)
@@ -140,7 +140,7 @@ def _policies(context: Context, trained: list[str], out: Path) -> dict[str, Any]
     held_out_rows = np.arange(len(ids))
     with progress_bar(context.console, "scoring held-out items and samples under the models") as bar:
         ratios = policy_facts(
-            context.ray(), context.config.cluster, "evaluate", tokens, base=base, dtype=model.dtype, bar=bar,
+            context.ray(), context.cluster("evaluate"), "evaluate", tokens, base=base, dtype=model.dtype, bar=bar,
             policies=[
                 (_policy(context, name, base), np.concatenate([held_out_rows, own_rows[name]]))
                 for name in trained
@@ -197,7 +197,7 @@ def _tournament(context: Context, config: EvaluateConfig, judge: AnnotatorConfig
     if not matches:
         raise InputError("evaluate.tournament: needs two models; `sample.models` has one")
     with (
-        run_annotator(context, judge) as annotator,
+        run_annotator(context, judge, stage="evaluate") as annotator,
         progress_bar(context.console, "judging models against each other") as bar,
     ):
         bar.begin(len(matches))

@@ -41,7 +41,7 @@ def judge_file(pairs: Path, out: Path, config: FilesConfig, console: Console, *,
         console.print(judging_estimate(config.judge, distinct), highlight=False, soft_wrap=True)
         return
     with (
-        open_file_annotator(config.judge, config.cluster, _given(rows)) as annotator,
+        open_file_annotator(config.judge, config.cluster.of("judge"), _given(rows)) as annotator,
         progress_bar(console, f"judging {pairs.name}") as bar,
     ):
         bar.begin(len(distinct))

@@ -124,17 +124,13 @@ def _in_rounds(context: Context, pairs: Path, items: pa.Table, out: Path) -> Sum
         base_of(_policy_folder(selection), POLICY, cache_folder())
     table = records.read_table(pairs, records.PAIRS)
     pool, others = _pool_and_others(table)
-    if selection.budget > len(pool):
-        raise InputError(
-            f"judge.selection.budget: asks for {selection.budget} joint training pairs, `pairs` has {len(pool)}; "
-            "raise pairs.joint.budget (several times the judgments leave a choice) or lower it"
-        )
+    known = _known(context, selection, pool, items)  # before the annotator takes the GPUs that this may need
     with (
         run_annotator(context, context.config.judge) as annotator,
         progress_bar(context.console, "judging comparisons") as bar,
     ):
         bar.begin(len(others) + selection.budget)
-        judgments = _judge_in_rounds(context, selection, pool, others, table, items, annotator, bar)
+        judgments = _judge_in_rounds(context, selection, known, pool, others, table, items, annotator, bar)
     found, sums = judged(table, judgments), Sums()
     write_judged(out, None, found)
     sums.add(found)
@@ -177,6 +173,7 @@ def _others_judgments(
 def _judge_in_rounds(
     context: Context,
     selection: SelectionConfig,
+    known: Known,
     pool: pa.Table,
     others: pa.Table,
     pairs: pa.Table,
@@ -187,10 +184,9 @@ def _judge_in_rounds(
     """Judgments of `others`, which count as known, and of `selection.budget` pairs of `pool`."""
     seed, texts = context.config.seed, texts_of(items)
     judgments = ask(annotator, others, texts, bar)
-    ids = sorted({*pool["item_a"].to_pylist(), *pool["item_b"].to_pylist()})
+    ids = _item_ids(pool)
     number = {item: place for place, item in enumerate(ids)}
     first, second = (np.array([number[i] for i in pool[side].to_pylist()]) for side in ("item_a", "item_b"))
-    known = Known(item_keys(ids), np.zeros(len(ids)), np.ones(len(ids)), *_policy_facts(context, selection, ids, items))
     judged = np.zeros(len(pool), dtype=bool)
     rounds = min(selection.rounds, selection.budget)
     for turn in range(rounds):
@@ -201,6 +197,21 @@ def _judge_in_rounds(
         judged[chosen] = True
         judgments = pa.concat_tables([judgments, ask(annotator, pool.take(chosen), texts, bar)])
     return judgments
+
+
+def _item_ids(pool: pa.Table) -> list[str]:
+    return sorted({*pool["item_a"].to_pylist(), *pool["item_b"].to_pylist()})
+
+
+def _known(context: Context, selection: SelectionConfig, pool: pa.Table, items: pa.Table) -> Known:
+    """What is known of the pool's items before anything is judged. Raises `InputError` where the pool is too small."""
+    if selection.budget > len(pool):
+        raise InputError(
+            f"judge.selection.budget: asks for {selection.budget} joint training pairs, `pairs` has {len(pool)}; "
+            "raise pairs.joint.budget (several times the judgments leave a choice) or lower it"
+        )
+    ids = _item_ids(pool)
+    return Known(item_keys(ids), np.zeros(len(ids)), np.ones(len(ids)), *_policy_facts(context, selection, ids, items))
 
 
 def _policy_hash(folder: Path) -> str:
@@ -237,7 +248,7 @@ def _policy_facts(
     fact: Fact = "log_ratio" if selection.strategy == "margin" else "embedding"
     with progress_bar(context.console, "scoring items under the policy") as bar:
         [found] = policy_facts(
-            context.ray(), context.config.cluster, "judge", tokens, policies=[(folder, np.arange(len(tokens)))],
+            context.ray(), context.cluster("judge"), "judge", tokens, policies=[(folder, np.arange(len(tokens)))],
             base=base_of(folder, POLICY, cache_folder()), dtype=model.dtype, load_in_4bit=model.load_in_4bit,
             fact=fact, bar=bar,
         )  # fmt: skip
@@ -305,13 +316,13 @@ def _own_seed(seed: int, name: str) -> int:
 
 
 def run_annotator(
-    context: Context, config: AnnotatorConfig, seed: int | None = None
+    context: Context, config: AnnotatorConfig, seed: int | None = None, stage: str = "judge"
 ) -> AbstractContextManager[Annotator]:
-    """The configured annotator of a run; `seed` is that of its errors, default the run's."""
+    """The configured annotator of a run's `stage`; `seed` is that of its errors, default the run's."""
     joint = context.config.pairs.joint
     given = Given(
         records.read_table(context.path("items") / "labels.parquet", records.LABELS),
         records.read_table(context.path("items") / "ratings.parquet", records.RATINGS),
         proxy=joint is not None and joint.strategy == "proxy",
     )
-    return open_annotator(config, context.ray, context.config.cluster, context.seed(seed), given)
+    return open_annotator(config, context.ray, context.cluster(stage), context.seed(seed), given, stage)

@@ -46,7 +46,7 @@ def sft_specs(context: Context) -> list[Spec]:
         data = context.path("items").resolve()
         work = Work(train_sft, (folder.resolve(), data, context.config.model, seeded, tracking))
         with progress_bar(context.console, "fine-tuning on D_S") as bar:
-            alone = context.config.cluster.model_copy(update={"trainings_at_once": 1})
+            alone = context.cluster("sft").model_copy(update={"trainings_at_once": 1})
             state = run_training(context.ray(), alone, "sft", work, out.resolve(), _shower(bar))
         return _facts(state, ("items", "truncated"))
 
@@ -95,7 +95,7 @@ def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
     with progress_bar(context.console, "scoring items under the reference") as bar:
         scores, scored = reference_scores(
             context.ray(),
-            context.config.cluster,
+            context.cluster("reference"),
             tokens,
             model=folder.resolve(),
             dtype=model.dtype,
@@ -194,7 +194,7 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
         tracking = context.tracking(entry.name, out.name, about)
         before = (Path(entry.continue_from),) if entry.continue_from else ()
         work = Work(train_preferences, (where, context.config.model, seeded, steps, tracking), before)
-        ray, cluster = context.ray(), context.config.cluster
+        ray, cluster = context.ray(), context.cluster("train")
         if context.in_trial and cluster.num_workers == 1:
             state = run_here(ray, cluster, work, out.resolve())
         else:

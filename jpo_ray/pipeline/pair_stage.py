@@ -99,7 +99,7 @@ def _vectors(context: Context, items: pa.Table) -> tuple[list[str], Vectors, dic
     texts = dict(zip(items["instruction_id"].to_pylist(), items["instruction"].to_pylist(), strict=True))
     config = context.config
     with progress_bar(context.console, "embedding instructions") as bar:
-        found = embed_texts(context.ray(), config.cluster, config.pairs, texts, bar)
+        found = embed_texts(context.ray(), context.cluster("pairs"), config.pairs, texts, bar)
     counts = {"instructions": len(texts), "dimensions": int(found.vectors.shape[1]), "from cache": found.cached}
     return list(texts), found.vectors, counts | {"longer than the encoder reads": found.truncated}
 
@@ -109,7 +109,7 @@ def _duplicates(context: Context, items: pa.Table, ids: Sequence[str], vectors: 
     from jpo_ray.cluster.pairing import near_duplicates
     from jpo_ray.cluster.tiles import share
 
-    shared = share(context.ray(), vectors)
+    shared = share(context.ray_with_a_core(), vectors)
     config, seed = context.config.pairs, context.config.seed
     assert config.near_duplicates is not None
     above = (config.joint or JointPairs()).approximate_above

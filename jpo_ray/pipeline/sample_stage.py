@@ -113,7 +113,7 @@ def draw(
             answers: Iterator[Any] = iter(())
         else:
             answers = generate(
-                context.ray(), context.config.cluster, config, engine, context.config.model.dtype, missing
+                context.ray(), context.cluster("sample"), config, engine, context.config.model.dtype, missing
             )
         failed = 0
         for answer in answers:

@@ -1,13 +1,14 @@
 """How many workers or actors each stage has, and with what."""
 
-from jpo_ray.config import ClusterConfig, RunConfig
+from jpo_ray.config import RunConfig
+from jpo_ray.config_cluster import ClusterConfig
 
 TRAINING = ("sft", "train")  # run on workers; the others on actors
 STAGES = ("pairs", "sft", "reference", "train", "sample")
 
 
-def cluster_of(config: RunConfig, _stage: str) -> ClusterConfig:
-    return config.cluster
+def cluster_of(config: RunConfig, stage: str) -> ClusterConfig:
+    return config.cluster.of(stage)
 
 
 def workers_of(config: RunConfig, stage: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jpo_ray.config import ClusterConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.errors import InputError
 from jpo_ray.serving.keys import read_keys, require_keys
@@ -62,7 +62,7 @@ def _direct_environment(port: int) -> dict[str, str]:
 
 
 def _require_room(ray: Any, plan: Plan, config: ServeConfig) -> None:
-    from jpo_ray.cluster.session import require_resources
+    from jpo_ray.cluster.resources import require_resources
     from jpo_ray.serving.replicas import bundles
 
     require_resources(ray, "serve", bundles(plan, config), "lower replicas, cpus_per_replica or gpus_per_replica")

@@ -1,5 +1,6 @@
 """One local Ray session for all tests of a pytest session, and the small world that cluster tests train on."""
 
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import pytest
 
 from jpo_ray.cluster.session import ray_session
-from jpo_ray.config import ClusterConfig
+from jpo_ray.config_cluster import ClusterConfig
 
 NODES_KEY = "sk-canary-0123456789"  # what the nodes of the cluster have in their environment
+BATON = "baton"  # a resource that the cluster has one of, as others have one GPU
 CLUSTER = ClusterConfig(num_workers=2, cpus_per_worker=1, num_actors=1, collective_timeout_s=60)
 
 
@@ -20,8 +22,10 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         environment.delenv("RAY_ADDRESS", raising=False)
         environment.setenv("JPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         environment.setenv("OPENAI_API_KEY", NODES_KEY)
+        environment.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({BATON: 1}))
         with ray_session(ClusterConfig()) as ray:
             environment.delenv("OPENAI_API_KEY")  # the nodes keep theirs
+            environment.delenv("RAY_OVERRIDE_RESOURCES")
             logging.disable(logging.NOTSET)  # other tests of this process look at logs
             yield ray
 

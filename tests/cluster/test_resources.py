@@ -16,10 +16,12 @@ import pytest
 from cluster.running import CLUSTER, NoBar, nothing
 from jpo_ray.cluster.embedding import embed_texts
 from jpo_ray.cluster.reference import reference_scores
+from jpo_ray.cluster.resources import cpus_for_each, require_resources, worker_resources
 from jpo_ray.cluster.sampling import generate
-from jpo_ray.cluster.session import cpus_for_each, ray_session, require_resources, worker_resources
+from jpo_ray.cluster.session import ray_session
 from jpo_ray.cluster.training import Work, run_training
-from jpo_ray.config import ClusterConfig, PairsConfig, SampleConfig
+from jpo_ray.config import PairsConfig, SampleConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.generation import Request, SampledModel
@@ -131,7 +133,7 @@ def test_a_session_that_exists_is_used_and_left_running(ray_cluster: Any) -> Non
 def test_what_a_killed_command_left_behind_is_no_cluster() -> None:
     """Ray notes the address of its last cluster in a file, and would try for minutes to reach one that is gone."""
     code = (
-        "from jpo_ray.cluster.session import ray_session; from jpo_ray.config import ClusterConfig\n"
+        "from jpo_ray.cluster.session import ray_session; from jpo_ray.config_cluster import ClusterConfig\n"
         "with ray_session(ClusterConfig()) as ray: print(len(ray.nodes()))"
     )
     with tempfile.TemporaryDirectory(prefix="jpo-", dir="/tmp") as folder:  # short: Ray's sockets lie below it

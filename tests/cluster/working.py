@@ -50,3 +50,17 @@ def failing(out: Path, device: str, progress: Any, notes: Path) -> None:  # noqa
 def _note(notes: Path) -> None:
     with (notes / f"rank{rank_and_world()[0]}").open("a") as file:
         file.write("an attempt\n")
+
+
+class Holder:
+    """An actor that holds what it asked for."""
+
+    def ready(self) -> None:
+        """Answers once it has it."""
+
+
+def batons_left(out: Path, device: str, progress: Any) -> float:  # noqa: ARG001
+    """What is free of the resource that this worker holds."""
+    import ray
+
+    return float(ray.available_resources().get("baton", 0))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jpo_ray.cluster import embedding, policy, reference, sampling, shards, spreading, tiles, training
+from jpo_ray.cluster import embedding, policy, reference, resources, sampling, shards, spreading, tiles, training
 from jpo_ray.config import RunConfig
 from jpo_ray.config_file import parse_config
 from jpo_ray.data.tokens import TokenizedItems
@@ -118,6 +118,7 @@ def install(patch: pytest.MonkeyPatch) -> Cluster:
     """Put a `Cluster` in the place of Ray."""
     cluster = Cluster()
     patch.setattr(embedding, "embed_texts", cluster.embed_texts)
+    patch.setattr(resources, "await_resources", lambda *_: None)
     patch.setattr(tiles, "_tasks_on_ray", cluster.tasks)
     for module in (shards, spreading):
         patch.setattr(module, "in_order", cluster.in_order)

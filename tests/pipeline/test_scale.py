@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jpo_ray.cli import main
 from jpo_ray.cluster.trials import run_trials
-from jpo_ray.config import ClusterConfig
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.config_experiment import load_experiment
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json

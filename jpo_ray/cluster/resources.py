@@ -1,0 +1,94 @@
+"""What stages ask of the cluster: shares of its nodes, refused or waited for before anything starts."""
+
+import math
+from typing import Any
+
+from jpo_ray.config_cluster import ClusterConfig
+from jpo_ray.errors import InputError
+
+Bundle = dict[str, float]  # resource -> amount, of one worker or actor
+
+ROUNDING = 1e-6  # of shares of a GPU
+LESS = (
+    "lower cluster.num_workers, num_actors, cpus_per_worker or gpus_per_worker, for this stage alone under "
+    "cluster.stages"
+)
+
+
+def cpus_for_each(ray: Any, config: ClusterConfig, count: int) -> int:
+    """CPUs of each of `count` equal workers: as configured, or a node's fair share."""
+    if config.cpus_per_worker:
+        return config.cpus_per_worker
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    hosts = [amount for amount in cpus if amount] or [1]  # a cluster's head may have none to give
+    return max(1, int(min(hosts) // -(-count // len(hosts))))
+
+
+def worker_resources(ray: Any, config: ClusterConfig, count: int) -> Bundle:
+    """What each of `count` equal workers or actors takes."""
+    wanted = {"CPU": float(cpus_for_each(ray, config, count))}
+    return wanted | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}) | config.custom_resources
+
+
+def as_options(wanted: Bundle) -> dict[str, Any]:
+    """The options that Ray's actors and tasks have for it."""
+    custom = {kind: amount for kind, amount in wanted.items() if kind not in ("CPU", "GPU")}
+    return {"num_cpus": wanted.get("CPU", 0), "num_gpus": wanted.get("GPU", 0), "resources": custom}
+
+
+def on_this_node(ray: Any) -> Any:
+    """Where an actor is to be that must not be lost with another node than the driver's."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def await_resources(ray: Any, config: ClusterConfig, stage: str, bundles: list[Bundle]) -> None:
+    """Return when the cluster has room for all `bundles` at once.
+
+    Actors of an earlier stage may still be about to end, and other jobs may hold what this one needs. Raises
+    `InputError` at once where the nodes can never hold them (with `config.autoscaling`, more nodes may come), and
+    `TimeoutError` after `config.wait_s`.
+    """
+    if not config.autoscaling:
+        require_resources(ray, stage, bundles)
+    # A placement group and not a look at what is free: it is demand, which is what autoscalers act on.
+    group = ray.util.placement_group(bundles, strategy="PACK")
+    try:
+        if group.wait(math.ceil(config.wait_s)):  # Ray counts whole seconds
+            return
+        free = _describe_total(ray.available_resources(), bundles)
+        raise TimeoutError(
+            f"{stage}: waited {config.wait_s:g} s (cluster.wait_s) for {len(bundles)} x {_describe(bundles[0])}; the "
+            f"cluster has {_describe_total(ray.cluster_resources(), bundles)}, of which {free} are free"
+        )
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def require_resources(ray: Any, stage: str, bundles: list[Bundle], mend: str = LESS) -> None:
+    """Raise `InputError` at once where the cluster can never place `bundles`; Ray itself would wait for ever."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    for bundle in sorted(bundles, key=lambda wanted: -sum(wanted.values())):
+        node = next((node for node in nodes if _fits(bundle, node)), None)
+        if node is None:
+            raise InputError(
+                f"{stage}: asks for {len(bundles)} x {_describe(bundle)}, but the cluster has "
+                f"{_describe_total(ray.cluster_resources(), bundles)} on {len(nodes)} node(s); {mend}"
+            )
+        for kind, amount in bundle.items():
+            node[kind] = node.get(kind, 0) - amount
+
+
+def _fits(bundle: Bundle, node: Bundle) -> bool:
+    return all(node.get(kind, 0) >= amount - ROUNDING for kind, amount in bundle.items())
+
+
+def _describe(bundle: Bundle) -> str:
+    return " + ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+
+
+def _describe_total(resources: Bundle, bundles: list[Bundle]) -> str:
+    """CPUs, GPUs and whatever else the bundles ask for."""
+    kinds = dict.fromkeys(["CPU", "GPU", *(kind for bundle in bundles for kind in bundle)])
+    return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in kinds)

@@ -1,0 +1,126 @@
+"""`jpo submit`: as `ray job submit`, but it says first what would go wrong, and ends with the job's exit code."""
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jpo_ray.errors import InputError
+
+SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+SHOWN = 3  # of the largest entries of a folder that is too large
+MIB = 2**20
+Say = Callable[[str], Any]  # takes text as it is, line ends included
+
+
+def submit(
+    address: str | None, entrypoint: Sequence[str], runtime_env: Path | None, working_dir: Path, say: Say, *, wait: bool
+) -> int:
+    """Submit a job and, with `wait`, say what it prints until it ends. Returns its exit code (0 without `wait`).
+
+    Raises `InputError` for a file or folder that cannot be sent, and where no cluster answers or it refuses the token.
+    """
+    environment = read_runtime_env(runtime_env) | {"working_dir": str(working_dir)}
+    require_small(working_dir, environment.get("excludes", []))
+    with _explained(address):
+        from ray.job_submission import JobSubmissionClient
+
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=shlex.join(entrypoint), runtime_env=environment)
+    say(f"job {job} at {client.get_address()}\n")
+    if not wait:
+        return 0
+    try:
+        asyncio.run(_follow(client, job, say))
+    except (KeyboardInterrupt, RuntimeError) as lost:
+        say(f"\njob {job} goes on; `ray job logs --follow {job}` shows it again, `ray job stop {job}` ends it\n")
+        return 130 if isinstance(lost, KeyboardInterrupt) else 1
+    ended = client.get_job_info(job)
+    code = ended.driver_exit_code
+    if code is None or code < 0:  # it never began, or was killed
+        say(f"job {job}: {ended.status.lower()}: {ended.message}\n")
+        return 1
+    return int(code)
+
+
+def read_runtime_env(path: Path | None) -> dict[str, Any]:
+    """A YAML file as Ray reads it. Raises `InputError` for what is none, and for secrets: everybody could read them."""
+    if path is None:
+        return {}
+    from jpo_ray.config_file import read_yaml
+
+    found = read_yaml(path, "--runtime-env")
+    for name in found.get("env_vars") or {}:
+        if SECRET.search(name):
+            raise InputError(
+                f"{path}: env_vars.{name}: the dashboard shows a job's environment to everybody; set it on the nodes, "
+                "where they are started"
+            )
+    return found
+
+
+def require_small(folder: Path, excludes: Sequence[str]) -> None:
+    """Raise `InputError` where what Ray would send of `folder` is more than the cluster takes; nothing is packed."""
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+
+    if not folder.is_dir():
+        raise InputError(f"--working-dir {folder}: no such folder")
+    sizes = upload_sizes(folder, excludes)
+    total = sum(sizes.values())
+    if total < DASHBOARD_CLIENT_MAX_SIZE:
+        return
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN]
+    shown = ", ".join(f"{name} {sizes[name] / MIB:,.0f} MiB" for name in largest)
+    raise InputError(
+        f"--working-dir {folder}: {total / MIB:,.0f} MiB would be sent and Ray takes less than "
+        f"{DASHBOARD_CLIENT_MAX_SIZE / MIB:.0f}; name what is not needed in a file .rayignore (written as .gitignore "
+        f"is) or in the runtime environment's `excludes`. The largest: {shown}"
+    )
+
+
+def upload_sizes(folder: Path, excludes: Sequence[str]) -> dict[str, int]:
+    """Bytes that Ray would send of each entry of `folder`, by Ray's own rules: .gitignore, .rayignore, `excludes`, and
+    what it always leaves out."""
+    # Ray has no public way to ask for this, and the version is pinned; a test compares with the package that it makes.
+    from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    sizes: dict[str, int] = {}
+    root = folder.absolute()
+
+    def add(path: Path) -> None:
+        if path.is_file():
+            entry = path.relative_to(root).parts[0]
+            sizes[entry] = sizes.get(entry, 0) + path.stat().st_size
+
+    left_out = [_get_excludes(root, [*get_runtime_env_default_excludes(), *excludes])]
+    gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    _dir_travel(root, left_out, add, include_gitignore=gitignore, logger=logging.getLogger(__name__))
+    return sizes
+
+
+async def _follow(client: Any, job: str, say: Say) -> None:
+    async for lines in client.tail_job_logs(job):
+        say(lines)
+
+
+@contextmanager
+def _explained(address: str | None) -> Iterator[None]:
+    """Ray's errors of a cluster that cannot be reached, as one line."""
+    from ray.exceptions import AuthenticationError
+
+    where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
+    try:
+        yield
+    except AuthenticationError as error:
+        raise InputError(
+            f"--address {where}: the cluster wants a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the one it was started with"
+        ) from error
+    except ConnectionError as error:
+        raise InputError(f"--address {where}: no Ray dashboard answers there ({error})") from error
