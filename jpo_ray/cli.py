@@ -13,6 +13,7 @@ from pathlib import Path
 from jpo_ray.cli_parser import ADD_FILES, build_parser
 from jpo_ray.errors import InputError
 from jpo_ray.runs import run_root
+from jpo_ray.stopping import sigterm_stops
 from jpo_ray.store import is_uri
 
 ERROR_LOG = "error.log"
@@ -272,7 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     _add_rest(parser, arguments, rest)
     try:
-        code = run_command(arguments)
+        with sigterm_stops():
+            code = run_command(arguments)
     except InputError as error:
         print(f"jpo: {error}", file=sys.stderr)
         return 2
@@ -299,12 +301,18 @@ def _failed(error: Exception, where: Path | str | None) -> int:
     reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
     print(f"jpo: failed: {type(error).__name__}: {reason[:400]}", file=sys.stderr)
     run_dir = None if where is None else run_root(where)
+    written = "".join(traceback.format_exception(error))
+    again = "the same command goes on where this one stopped"
     if run_dir is None or not run_dir.is_dir() or os.environ.get("JPO_DEBUG"):
-        traceback.print_exception(error)
+        print(written, end="", file=sys.stderr)
+        return 1
+    path = run_dir / ERROR_LOG
+    try:
+        path.write_text(written)
+    except OSError:  # a full or read-only disk, which is then what failed
+        print(f"jpo: {again}", file=sys.stderr)
     else:
-        path = run_dir / ERROR_LOG
-        path.write_text("".join(traceback.format_exception(error)))
-        print(f"jpo: the whole of it: {path}; the same command goes on where this one stopped", file=sys.stderr)
+        print(f"jpo: the whole of it: {path}; {again}", file=sys.stderr)
     return 1
 
 

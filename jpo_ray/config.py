@@ -124,6 +124,7 @@ class OptimizerConfig(Section):
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw_torch"
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
+    max_skipped_steps: Count = 5  # in a row, for a loss or gradient that is no finite number: then training stops
     max_micro_batch_tokens: Count = 2048  # that go through the model at a time, per worker; a GPU is filled by more
     # Memory of a worker for activations between forward and backward; default: half of what is free. What does not fit
     # is computed twice (the two-phase step).

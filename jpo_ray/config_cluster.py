@@ -65,7 +65,9 @@ class ClusterConfig(Section):
     stages: StagesConfig = StagesConfig()  # what stages ask for instead
     trainings_at_once: Count = 1  # entries of `train` side by side, each on `num_workers` workers
     max_failures: Annotated[int, Field(ge=0)] = 3  # restarts of a training worker group
-    collective_timeout_s: Positive = 300.0  # a worker that keeps the others waiting longer has failed
+    # A training worker that keeps the others, or Ray, waiting longer has failed.
+    collective_timeout_s: Positive = 300.0
+    actor_timeout_s: Positive = 900.0  # longest wait for the next result of actors or tasks, their start included
     wait_s: Positive = 600.0  # longest wait for resources that others hold, or for nodes to come
     autoscaling: bool = False  # nodes may come: what the present ones cannot hold is waited for, not refused
 

@@ -36,12 +36,16 @@ def output_folder(out: Path) -> Iterator[None]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON aside, flush it to disk and rename it into place."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with staged.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    try:
+        with staged.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

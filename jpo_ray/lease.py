@@ -108,11 +108,17 @@ class FileLease:
     def __init__(self, path: Path) -> None:
         self._path, self._owner = path, this_process()
         self.name = str(path.parent)
+        self._seen = time.monotonic()
 
     def acquire(self) -> None:
         path = self._path
         staged = path.with_name(f".lease-{self._owner['token']}")
-        staged.write_text(json.dumps(self._owner))
+        try:
+            staged.write_text(json.dumps(self._owner))
+        except OSError as error:  # a full or read-only disk, somebody else's folder
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
+            raise InputError(f"{self.name}: cannot be written ({error.strerror})") from error
         try:
             with _alone(path.parent):
                 _remove_if_dead(path)
@@ -123,14 +129,20 @@ class FileLease:
             staged.unlink()
 
     def beat(self) -> Exception | None:
-        with _alone(self._path.parent):
-            if not self._is_mine():
-                return taken_over(self.name)
-            os.utime(self._path)
+        try:
+            with _alone(self._path.parent):
+                if not self._is_mine():
+                    return taken_over(self.name)
+                os.utime(self._path)
+        except OSError as error:  # a folder that is gone, or a network disk that may come back
+            if self._path.parent.is_dir() and time.monotonic() - self._seen < LEASE_EXPIRES_S:
+                return None
+            return InputError(f"{self.name}: cannot be reached any more ({error.strerror}); this run has stopped")
+        self._seen = time.monotonic()
         return None
 
     def release(self) -> None:
-        with _alone(self._path.parent):
+        with suppress(OSError), _alone(self._path.parent):  # it may be gone
             if self._is_mine():
                 self._path.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Imports point one way: each part may import what stands in an earlier row, and itself; never another of its own row.
 ROWS = [
     ["__init__", "errors"],
-    ["files", "artifacts", "lease", "store"],
+    ["files", "artifacts", "lease", "stopping", "store"],
     ["store_lease", "stored"],
     ["records", "config_base", "runs"],
     ["shards"],

@@ -87,14 +87,16 @@ def embed_texts(ray: Any, cluster: ClusterConfig, config: PairsConfig, texts: Ma
         take(names, part)
     cached, truncated = len(texts) - len(missing), 0
     fresh: list[str] = []
-    for names, part, cut in _embed_on_ray(ray, cluster, config, {name: texts[name] for name in missing}):
-        take(names, part)
-        truncated += cut
-        fresh += names
-        if len(fresh) >= KEPT_AT_ONCE:
-            keep(fresh)
-            fresh = []
-    keep(fresh)
+    try:
+        for names, part, cut in _embed_on_ray(ray, cluster, config, {name: texts[name] for name in missing}):
+            take(names, part)
+            truncated += cut
+            fresh += names
+            if len(fresh) >= KEPT_AT_ONCE:
+                keep(fresh)
+                fresh = []
+    finally:  # an error or Ctrl-C loses nothing that was embedded
+        keep(fresh)
     return Embedded(vectors, cached, truncated)
 
 

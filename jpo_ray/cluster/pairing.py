@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from jpo_ray.cluster.tiles import SharedVectors, Tiles, by_row, numbered
+from jpo_ray.cluster.tiles import TIMEOUT_S, SharedVectors, Tiles, by_row, numbered
 from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
 from jpo_ray.pairs.candidates import Candidates, Search, joined
@@ -43,6 +43,7 @@ class JointProblem:
     seed: int
     budget_key: str = "pairs.joint.budget"  # what the config calls the budget
     at_most: bool = False  # the budget is no more than wished for
+    timeout_s: float = TIMEOUT_S
 
     @property
     def symmetric(self) -> bool:
@@ -79,7 +80,7 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
     bins = problem.config.bins if STRATEGIES[problem.config.strategy].bins else 1
     keep = min(candidates_per_row(limits.budget, len(rows), bins), len(columns))
     search = problem.search(keep, bins)
-    tiles = Tiles(ray, rows, columns, problem.vectors, bar, parts)
+    tiles = Tiles(ray, rows, columns, problem.vectors, bar, parts, problem.timeout_s)
     plan_of, exact, notes = make_plan(tiles, problem, search)
     found = tiles.run(plan_of(np.arange(len(rows))), search)
     kept = np.full(len(rows), keep)  # candidates of each row and bin that were kept

@@ -78,13 +78,15 @@ def reference_scores(
     missing = missing_rows(tokens, cached)
     begin(len(missing))
     fresh: Rows = {}
-    for members, scores in _scored(ray, config, tokens, missing, model, dtype, load_in_4bit):
-        for row, (instruction, response) in zip(members, scores.tolist(), strict=True):
-            fresh[tokens.sequence_id(int(row))] = (instruction, response)
-        advance(len(members))
-        if len(fresh) >= COMMIT_SEQUENCES:
-            fresh = _commit(cache, key, fresh, cached)
-    _commit(cache, key, fresh, cached)
+    try:
+        for members, scores in _scored(ray, config, tokens, missing, model, dtype, load_in_4bit):
+            for row, (instruction, response) in zip(members, scores.tolist(), strict=True):
+                fresh[tokens.sequence_id(int(row))] = (instruction, response)
+            advance(len(members))
+            if len(fresh) >= COMMIT_SEQUENCES:
+                fresh = _commit(cache, key, fresh, cached)
+    finally:  # an error or Ctrl-C loses nothing that was scored
+        _commit(cache, key, fresh, cached)
     values = [cached[tokens.sequence_id(row)] for row in range(len(tokens))]
     return np.array(values, dtype=np.float64).reshape(-1, 2), len(missing)
 

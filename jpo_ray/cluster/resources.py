@@ -70,14 +70,25 @@ def require_resources(ray: Any, stage: str, bundles: list[Bundle], mend: str = L
     """Raise `InputError` at once where the cluster can never place `bundles`; Ray itself would wait for ever."""
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     for bundle in sorted(bundles, key=lambda wanted: -sum(wanted.values())):
-        node = next((node for node in nodes if _fits(bundle, node)), None)
-        if node is None:
+        if not _place(bundle, nodes):
             raise InputError(
                 f"{stage}: asks for {len(bundles)} x {_describe(bundle)}, but the cluster has "
                 f"{_describe_total(ray.cluster_resources(), bundles)} on {len(nodes)} node(s); {mend}"
             )
-        for kind, amount in bundle.items():
-            node[kind] = node.get(kind, 0) - amount
+
+
+def count_fitting(ray: Any, bundle: Bundle, most: int) -> int:
+    """How many of `bundle` fit on the nodes that live, at most `most`."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return sum(_place(bundle, nodes) for _ in range(most))
+
+
+def _place(bundle: Bundle, nodes: list[Bundle]) -> bool:
+    """Take `bundle` from the first of the nodes that has it; whether one has."""
+    node = next((node for node in nodes if _fits(bundle, node)), None)
+    if node is not None:
+        node |= {kind: node.get(kind, 0) - amount for kind, amount in bundle.items()}
+    return node is not None
 
 
 def _fits(bundle: Bundle, node: Bundle) -> bool:

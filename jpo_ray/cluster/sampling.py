@@ -1,15 +1,12 @@
 """Sampling on the cluster: vLLM engines through Ray Data's LLM processors, or transformers in an actor pool."""
 
 import importlib.util
-import os
-import queue
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jpo_ray.cluster.resources import as_options, await_resources, worker_resources
-from jpo_ray.cluster.session import on_node
+from jpo_ray.cluster.session import on_node, within
 from jpo_ray.config import SampleConfig
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.errors import InputError
@@ -65,7 +62,7 @@ def generate(
         here = [request for request in requests if request.model.base == base]
         answers = _vllm(ray, cluster, config, dtype, base, here) if engine == "vllm" else None
         answers = answers if answers is not None else _transformers(ray, cluster, config, dtype, base, here)
-        yield from _with_timeout(answers, config.timeout_s)
+        yield from within(answers, config.timeout_s, "sample", "sample.timeout_s")
 
 
 def _vllm(
@@ -237,31 +234,3 @@ def _row(request: Request) -> dict[str, Any]:
         "temperature": request.temperature,
         "seed": request.seed,
     }
-
-
-def _with_timeout(answers: Iterator[Generated], timeout_s: float) -> Iterator[Generated]:
-    """Pass `answers` on; raise where the next one takes longer than `timeout_s`."""
-    waiting: queue.Queue[Generated | BaseException | None] = queue.Queue()
-
-    def pump() -> None:
-        try:
-            for answer in answers:
-                waiting.put(answer)
-            waiting.put(None)
-        except BaseException as error:
-            waiting.put(error)
-
-    threading.Thread(target=pump, daemon=True, name="sampling").start()
-    while True:
-        try:
-            got = waiting.get(timeout=timeout_s)
-        except queue.Empty:
-            raise TimeoutError(
-                f"sample: no answer for {timeout_s:g} s (sample.timeout_s); the engine hangs or the cluster is busy "
-                f"(process {os.getpid()})"
-            ) from None
-        if got is None:
-            return
-        if isinstance(got, BaseException):
-            raise got
-        yield got

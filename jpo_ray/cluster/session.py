@@ -2,20 +2,28 @@
 
 import logging
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jpo_ray.cluster.resources import as_options, await_resources, worker_resources
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.errors import InputError
+from jpo_ray.stopping import no_second_interrupt, sigterm_stops
 from jpo_ray.stored import origins
+
+Row = TypeVar("Row")
+READ_AHEAD = 64  # results that wait for whoever asked for them
 
 # Set before Ray starts, unless the user did.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train polls its workers this often
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # longest wait for room; then the training goes on with less
+    "RAY_process_group_cleanup_enabled": "true",  # what a killed worker has started (vLLM's engine process) ends too
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -65,9 +73,11 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
     # as exceptions. JPO_DEBUG leaves all of it on.
     logging.disable(logging.NOTSET if os.environ.get("JPO_DEBUG") else logging.WARNING)
     try:
-        yield ray
+        with sigterm_stops():
+            yield ray
     finally:
-        ray.shutdown()
+        with no_second_interrupt():
+            ray.shutdown()
         logging.disable(logging.NOTSET)
 
 
@@ -114,7 +124,47 @@ def map_on_actors(
         compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, blocks)),
         **as_options(wanted),
     )
-    yield from mapped.iter_rows()
+    yield from within(mapped.iter_rows(), config.actor_timeout_s, stage, "cluster.actor_timeout_s")
+
+
+def within(found: Iterator[Row], timeout_s: float, stage: str, key: str) -> Iterator[Row]:
+    """Pass `found` on; raise `TimeoutError` where the next one takes longer than `timeout_s`, which the config calls
+    `key`.
+
+    Ray starts a dead actor again, but waits for ever for one that hangs.
+    """
+    waiting: queue.Queue[Row | BaseException | None] = queue.Queue()
+    room, ended = threading.Semaphore(READ_AHEAD), threading.Event()
+
+    def pump() -> None:
+        try:
+            for row in found:
+                waiting.put(row)
+                room.acquire()
+                if ended.is_set():  # nobody listens any more
+                    return
+            waiting.put(None)
+        except BaseException as error:
+            waiting.put(error)
+
+    threading.Thread(target=pump, daemon=True, name=f"{stage}-results").start()
+    try:
+        while True:
+            try:
+                got = waiting.get(timeout=timeout_s)
+            except queue.Empty:
+                raise TimeoutError(
+                    f"{stage}: nothing came for {timeout_s:g} s ({key}): a worker hangs, or the cluster is busy"
+                ) from None
+            if got is None:
+                return
+            if isinstance(got, BaseException):
+                raise got
+            yield got
+            room.release()
+    finally:
+        ended.set()
+        room.release()
 
 
 def on_node(actor: type, needs: Sequence[Path]) -> type:

@@ -31,7 +31,7 @@ def spread_pairs(
     rows, columns, budget = problem.rows, problem.columns, problem.limits.budget
     check_limits(problem, len(rows) if problem.symmetric else len(rows) + len(columns))
     keep = min(candidates_per_row(budget, len(rows), 1), len(columns))
-    found = Tiles(ray, rows, columns, problem.vectors, bar, parts)
+    found = Tiles(ray, rows, columns, problem.vectors, bar, parts, problem.timeout_s)
     plan_of, exact, notes = make_plan(found, problem, problem.search(keep))
     while True:
         kept, full = Spool(spool, spread.FIELDS), False

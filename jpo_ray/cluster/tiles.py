@@ -24,6 +24,7 @@ CHECKED_AT_ONCE = 16_384
 PARTS_FORMAT = 2  # of what tasks leave for a run that goes on
 NORM_TOLERANCE = 0.02  # of float16 vectors
 POOL_TASKS = 16  # from which starting actors pays
+TIMEOUT_S = 900.0  # longest wait for the next task's candidates
 QUICK_PAIRS = 2**31  # from which loading torch for quicker products pays
 
 Vectors = npt.NDArray[np.float16]
@@ -58,9 +59,16 @@ class Tiles:
     """Runs plans over two sides of items. With `folder`, what a task found is kept there until all is done."""
 
     def __init__(
-        self, ray: Any, rows: Side, columns: Side, vectors: SharedVectors, bar: Any, folder: Path | None = None
+        self,
+        ray: Any,
+        rows: Side,
+        columns: Side,
+        vectors: SharedVectors,
+        bar: Any,
+        folder: Path | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self._ray, self._bar, self._folder = ray, bar, folder
+        self._ray, self._bar, self._folder, self._timeout_s = ray, bar, folder, timeout_s
         self._rows, self._columns, self._vectors = rows, columns, vectors
         self._sides = ray.put((rows, columns))
         self._runs = 0
@@ -97,7 +105,10 @@ class Tiles:
         self._bar.begin(plan.tasks)
         self._bar.advance(len(kept))
         left = [task for task in range(plan.tasks) if task not in kept]
-        for task, found in _tasks_on_ray(self._ray, sides, self._vectors, plan, left, search):
+        from jpo_ray.cluster.session import within  # not above: workers need none of it
+
+        tasks = _tasks_on_ray(self._ray, sides, self._vectors, plan, left, search)
+        for task, found in within(tasks, self._timeout_s, "pairs", "cluster.actor_timeout_s"):
             if self._folder is None:
                 done[task] = found
             else:

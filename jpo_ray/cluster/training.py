@@ -5,17 +5,16 @@ the newest valid one; so does a worker group that Ray Train restarts. The folder
 its place on an object store: workers then fetch what they read to where they run, and rank 0 leaves there what it made.
 """
 
+import os
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.cluster.resources import await_resources, on_this_node, worker_resources
+from jpo_ray.cluster.resources import await_resources, count_fitting, on_this_node, worker_resources
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.engine.checkpoints import fetch_checkpoints
 from jpo_ray.errors import InputError
@@ -74,71 +73,93 @@ def run_training(
     show: Callable[[int, int, dict[str, float]], None],
 ) -> Any:
     """Run `work` on the configured number of workers; returns rank 0's result. Raises the workers' own error."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     wanted = worker_resources(ray, config, config.num_workers * config.trainings_at_once)
     await_resources(ray, config, stage, [wanted] * config.num_workers)
     board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=on_this_node(ray)).remote()
-    gpu = bool(wanted.get("GPU"))
     storage = (out.parent / f"ray-{out.name}").resolve()  # Ray Train's own notes; our checkpoints are in `out`
-    shutil.rmtree(storage, ignore_errors=True)  # of a run that was killed
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "work": work,
-            "needs": origins(work.arguments, work.needs),
-            "out": out,
-            "driver": ray.get_runtime_context().get_node_id(),
-            "board": board,
-            "threads": int(wanted["CPU"]),
-            "gpu": gpu,
-        },
-        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=wanted),
-        run_config=RunConfig(
-            name=f"{stage}-{out.name}",
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-        ),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(config.collective_timeout_s)),
-    )
+    controllers: list[Any] = []
     stop = threading.Event()
-    shower = threading.Thread(target=_show, args=(ray, board, show, stop), daemon=True)
+    shower = threading.Thread(target=_show, args=(ray, board, controllers, show, stop), daemon=True)
     shower.start()
+    workers = config.num_workers
     try:
-        with _own_interrupt():
-            trainer.fit()
-    except SystemExit as exit:  # Ray Train's own handling of Ctrl-C
-        raise KeyboardInterrupt from exit
+        while True:
+            shutil.rmtree(storage, ignore_errors=True)  # of an attempt that was killed
+            failed = _fit(ray, config, stage, work, out, storage, board, controllers, wanted, workers)
+            result, input_error = ray.get(board.outcome.remote())
+            if input_error:
+                raise InputError(input_error)
+            if failed is None:
+                break
+            left = count_fitting(ray, wanted, workers)
+            if not 0 < left < workers:
+                raise failed
+            workers = left  # a node is lost: the rest goes on, from the newest checkpoint
     finally:
         stop.set()
         shower.join()
         shutil.rmtree(storage, ignore_errors=True)
-    result, input_error = ray.get(board.outcome.remote())
-    if input_error:
-        raise InputError(input_error)
     fetch_checkpoints(out)
     pull(out)
     return result
 
 
-@contextmanager
-def _own_interrupt() -> Iterator[None]:
-    """Ray Train installs a handler for Ctrl-C and leaves it: a later stage could then not be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
+def _fit(
+    ray: Any,
+    config: ClusterConfig,
+    stage: str,
+    work: Work,
+    out: Path,
+    storage: Path,
+    board: Any,
+    controllers: list[Any],
+    wanted: dict[str, float],
+    workers: int,
+) -> Exception | None:
+    """Train on so many workers, started again where they fail; returns why it did not end well."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = bool(wanted.get("GPU"))
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.collective_timeout_s)  # of one that hangs
+    settings = {"work": work, "out": out, "board": board, "threads": int(wanted["CPU"]), "gpu": gpu}
+    settings |= {"needs": origins(work.arguments, work.needs), "driver": ray.get_runtime_context().get_node_id()}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=settings | {"fewer": workers < config.num_workers},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=wanted),
+        run_config=RunConfig(
+            name=f"{stage}-{out.name}",
+            storage_path=str(storage),
+            # Workers that find no room fail at once: whether fewer do is for `run_training` to see.
+            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(config.collective_timeout_s)),
+    )
+    # In place of Ray Train's own handler of Ctrl-C, which waits for workers that are just starting and stays for later
+    # stages. Workers end with their controller.
+    trainer._register_sigint_handler = controllers.append
     try:
-        yield
-    finally:
-        if before is not None:  # None: a handler that C code installed, which Python cannot put back
-            signal.signal(signal.SIGINT, before)
+        trainer.fit()
+    except KeyboardInterrupt:
+        _end(ray, controllers)
+        raise
+    except Exception as error:
+        return error
+    return None
 
 
-def _show(ray: Any, board: Any, show: Callable[..., None], stop: threading.Event) -> None:
+def _end(ray: Any, controllers: list[Any]) -> None:
+    while controllers:
+        ray.kill(controllers.pop())
+
+
+def _show(ray: Any, board: Any, controllers: list[Any], show: Callable[..., None], stop: threading.Event) -> None:
     while not stop.wait(POLL_S):
-        show(*ray.get(board.read.remote()))
+        latest, (_, input_error) = ray.get([board.read.remote(), board.outcome.remote()])
+        show(*latest)
+        if input_error:  # without another attempt
+            _end(ray, controllers)
     show(*ray.get(board.read.remote()))
 
 
@@ -149,17 +170,20 @@ def _worker(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(settings["threads"])
     board, work, out = settings["board"], settings["work"], settings["out"]
-    rank = ray.train.get_context().get_world_rank()
+    if ray.get(board.outcome.remote())[1]:  # another attempt would meet the same bad input
+        return
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    fewer = {"workers": float(context.get_world_size())} if settings["fewer"] else {}
     sent = 0.0
 
     def progress(done: int, total: int, metrics: dict[str, float]) -> None:
         nonlocal sent
         if rank == 0 and (time.monotonic() - sent > POLL_S or done == total):
             sent = time.monotonic()
-            board.update.remote(done, total, metrics)
+            board.update.remote(done, total, metrics | fewer)
 
     device = "cuda" if settings["gpu"] else "cpu"
-    result, input_error = None, None
     try:
         for origin in settings["needs"]:
             origin.fetch()
@@ -167,10 +191,11 @@ def _worker(settings: dict[str, Any]) -> None:
         result = work.function(out, device, progress, *work.arguments)
         if rank == 0:
             _hand_over(out, ray.get_runtime_context().get_node_id() == settings["driver"])
-    except InputError as error:  # a retry would meet it again
-        input_error = str(error)
-    if rank == 0 or input_error:
-        ray.get(board.finish.remote(result, input_error))
+    except InputError as error:
+        ray.get(board.finish.remote(None, str(error)))
+        raise  # or the other workers would wait for this one
+    if rank == 0:
+        ray.get(board.finish.remote(result, None))
 
 
 def _hand_over(out: Path, on_drivers_node: bool) -> None:

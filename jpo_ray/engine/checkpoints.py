@@ -8,6 +8,8 @@ to know about their position.
 import json
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,19 @@ def save_checkpoint(folder: Path, model: Any, tokenizer: Any, optimizer: Any, st
     if rank_and_world()[0] != 0:
         return target
     staged = folder / f".{target.name}-{secrets.token_hex(4)}"
-    staged.mkdir(parents=True)
-    _write_weights(staged, model, tokenizer, weights)
-    save_file(tensors, staged / "optimizer.safetensors", metadata={"scalars": json.dumps(scalars)})
-    write_json(staged / "trainer_state.json", state)
-    write_json(staged / HASHES, file_hashes(staged))
-    if target.exists():  # left by an attempt whose hashes no longer hold
-        shutil.rmtree(target)
-    staged.rename(target)
+    with _writing(target):
+        try:
+            staged.mkdir(parents=True)
+            _write_weights(staged, model, tokenizer, weights)
+            save_file(tensors, staged / "optimizer.safetensors", metadata={"scalars": json.dumps(scalars)})
+            write_json(staged / "trainer_state.json", state)
+            write_json(staged / HASHES, file_hashes(staged))
+            if target.exists():  # left by an attempt whose hashes no longer hold
+                shutil.rmtree(target)
+            staged.rename(target)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
     return target
 
 
@@ -51,7 +58,23 @@ def save_weights(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype | 
     if weights is None and dtype is not None:
         model = model.to(dtype)
     if rank_and_world()[0] == 0:
-        _write_weights(folder, model, tokenizer, weights)
+        with _writing(folder):
+            _write_weights(folder, model, tokenizer, weights)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk or a folder that is gone is not for another attempt to mend: raises `InputError`."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and tokenizers raise exceptions of their own, or of no kind at all, for what the system refused.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(
+            f"{path}: cannot be written ({reason}); mend that, and the same command goes on from the last checkpoint"
+        ) from error
 
 
 def _write_weights(folder: Path, model: Any, tokenizer: Any, weights: dict[str, torch.Tensor] | None) -> None:

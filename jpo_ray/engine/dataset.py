@@ -65,6 +65,7 @@ class PreferenceData:
     train: EdgeShards
     validation: EdgeList
     embeddings: npt.NDArray[np.float16] | None = None  # [items, D]: of the instructions, where the objective needs them
+    item_ids: Sequence[str] = ()
 
 
 def edge_list(preferences: pa.Table, ids: pa.Array, split: str, protocols: Sequence[str]) -> EdgeList:

@@ -68,7 +68,8 @@ def train_sft(
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = _spread(make_scorer(policy, dropout_seed=_seed(config), autocast=_autocast(model)), config, device)
-    task = sft_task(scorer, tokens, of_split[trained_on], of_split["validation"], config, _seed(config))
+    ids = [row["item_id"] for row in rows]
+    task = sft_task(scorer, tokens, of_split[trained_on], of_split["validation"], config, _seed(config), ids)
     state = train(
         policy, tokenizer, task, config, out, progress=progress, final_dtype=DTYPES[model.dtype], tracking=tracking
     )
@@ -144,6 +145,7 @@ def load_preferences(
         train=train_edges,
         validation=validation_edges,
         embeddings=_embeddings_of(inputs, rows) if "embedding" in config.reads else None,
+        item_ids=list(row_of),
     )
 
 

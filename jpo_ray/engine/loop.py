@@ -1,12 +1,13 @@
 """The training loop: steps, schedule, logging, evaluation and checkpoints. What a step computes is given to it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from jpo_ray.config import OptimizerConfig
 from jpo_ray.engine.checkpoints import (
@@ -19,11 +20,14 @@ from jpo_ray.engine.checkpoints import (
 )
 from jpo_ray.engine.optim import learning_rate, make_optimizer, warmup_steps
 from jpo_ray.engine.sharding import whole
-from jpo_ray.engine.step import rank_and_world, sum_over_workers, trainable
+from jpo_ray.engine.step import rank_and_world, trainable
 from jpo_ray.engine.tracking import Tracking, Write, tracked
+from jpo_ray.errors import InputError
 from jpo_ray.files import write_json
 
 Metrics = dict[str, float]
+SKIPPED_ITEMS_SHOWN = 8
+SKIPPED_BATCH = "skipped_batch.json"
 LOG_ENTRIES = 200  # about so many training entries are kept in the log, each the mean of the steps since the last
 
 
@@ -33,13 +37,14 @@ class Task:
 
     `gradients(step)` fills the parameters' `.grad`, the same on every rank, and returns metrics (`loss` and the step's
     `tokens` among them). `evaluate()` returns metrics named `eval_...`, empty where nothing is held out.
-    `steps_per_epoch` converts steps to epochs.
+    `steps_per_epoch` converts steps to epochs. `items(step)` names the items of a step's batch.
     """
 
     gradients: Callable[[int], Metrics]
     evaluate: Callable[[], Metrics]
     steps_per_epoch: int
     total_steps: int
+    items: Callable[[int], Sequence[str]] = lambda _step: ()
 
 
 Progress = Callable[[int, int, Metrics], None]
@@ -61,12 +66,16 @@ def train(
     Leaves in `out` the final weights, `trainer_state.json` and the best and the last checkpoint. Every rank must call
     it; rank 0 writes. The best checkpoint is the one with the lowest `eval_loss`. `final_dtype` is that of the final
     weights, where it differs from training's. Rank 0 hands what it logs to the trackers of `tracking`.
+
+    A step whose loss or gradient is no finite number changes nothing but the count `skipped_steps`. Raises `InputError`
+    where `config.max_skipped_steps` in a row were.
     """
     parameters = trainable(model)
     optimizer = make_optimizer(parameters, config)
     state: dict[str, Any] = {"global_step": 0, "max_steps": task.total_steps, "num_tokens": 0, "log_history": []}
     state |= {"best_metric": None, "best_model_checkpoint": None, "epoch": 0.0}
     state["warmup_steps"] = warmup_steps(config, task.total_steps)
+    state |= {"skipped_steps": 0, "skipped_in_a_row": 0}
     resumed = newest_checkpoint(out)
     if resumed is not None:
         state = load_checkpoint(resumed, model, optimizer)
@@ -77,17 +86,21 @@ def train(
     model.train()
     with tracked(tracking if rank_and_world()[0] == 0 else None, state["log_history"]) as write:
         for step in range(state["global_step"], task.total_steps):
-            metrics = _update(parameters, optimizer, task, config, step)
+            metrics, skipped = _update(parameters, optimizer, task, config, step)
             state["global_step"] = step + 1
             state["epoch"] = round((step + 1) / task.steps_per_epoch, 4)
             state["num_tokens"] += metrics.pop("tokens")
-            window.append(metrics)
+            _count_skipped(out, task, config, state, metrics, skipped=skipped)
+            if not skipped:
+                window.append(metrics)
             if progress:
                 progress(step + 1, task.total_steps, metrics)
             evaluates = (step + 1) % eval_every == 0 or step + 1 == task.total_steps
             saves = evaluates or (step + 1) % save_every == 0
             if saves or (step + 1) % log_every == 0:  # a checkpoint holds all that was logged until then
-                _log(state, _mean(window) | {"num_tokens": state["num_tokens"]}, write)
+                counts = {"num_tokens": state["num_tokens"]}
+                counts |= {"skipped_steps": state["skipped_steps"]} if state["skipped_steps"] else {}
+                _log(state, _mean(window) | counts, write)
                 window = []
             if evaluates:
                 _evaluate(model, task, state, write)
@@ -99,19 +112,38 @@ def train(
 
 def _update(
     parameters: list[torch.nn.Parameter], optimizer: Any, task: Task, config: OptimizerConfig, step: int
-) -> Metrics:
+) -> tuple[Metrics, bool]:
+    """The step's metrics, and whether it was skipped: every rank has the same loss and norm, so all agree."""
     rate = learning_rate(config, step, task.total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     metrics = task.gradients(step)
     norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
-    if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(
-            f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm}; lower learning_rate or check the data"
-        )
-    optimizer.step()
-    return metrics | {"learning_rate": rate, "grad_norm": norm}
+    skipped = not math.isfinite(norm) or not math.isfinite(metrics["loss"])
+    if not skipped:
+        optimizer.step()
+    return metrics | {"learning_rate": rate, "grad_norm": norm}, skipped
+
+
+def _count_skipped(
+    out: Path, task: Task, config: OptimizerConfig, state: dict[str, Any], metrics: Metrics, *, skipped: bool
+) -> None:
+    """Raises `InputError`, naming the items of the last batch, where too many steps in a row were skipped."""
+    state["skipped_steps"] += skipped
+    state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if skipped else 0
+    if state["skipped_in_a_row"] < config.max_skipped_steps:
+        return
+    step, items = state["global_step"], list(task.items(state["global_step"] - 1))
+    if rank_and_world()[0] == 0:
+        write_json(out / SKIPPED_BATCH, {"step": step, "items": items})
+    shown = ", ".join(items[:SKIPPED_ITEMS_SHOWN])
+    more = f" and {len(items) - SKIPPED_ITEMS_SHOWN} more" if len(items) > SKIPPED_ITEMS_SHOWN else ""
+    raise InputError(
+        f"{out}: loss or gradient was no finite number in {config.max_skipped_steps} steps in a row, the last of them "
+        f"step {step} (loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}); lower learning_rate, or look "
+        f"at its items: {shown}{more} (all of them: {SKIPPED_BATCH} there)"
+    )
 
 
 def _evaluate(model: Any, task: Task, state: dict[str, Any], write: Write) -> None:
@@ -121,8 +153,9 @@ def _evaluate(model: Any, task: Task, state: dict[str, Any], write: Write) -> No
     if not metrics:
         return
     _log(state, metrics, write)
-    if state["best_metric"] is None or metrics["eval_loss"] < state["best_metric"]:
-        state["best_metric"] = metrics["eval_loss"]
+    loss = metrics["eval_loss"]
+    if math.isfinite(loss) and (state["best_metric"] is None or loss < state["best_metric"]):
+        state["best_metric"] = loss
         state["best_model_checkpoint"] = f"checkpoint-{state['global_step']}"
 
 
@@ -140,6 +173,7 @@ def _finish(out: Path, model: Any, tokenizer: Any, state: dict[str, Any], dtype:
     save_weights(out, model, tokenizer, dtype)
     if rank_and_world()[0] == 0:
         write_json(out / "trainer_state.json", state)
+        (out / SKIPPED_BATCH).unlink(missing_ok=True)  # of an attempt before this one
     _barrier()
 
 
@@ -158,4 +192,5 @@ def _mean(window: list[Metrics]) -> Metrics:
 
 
 def _barrier() -> None:
-    sum_over_workers(torch.zeros(1))
+    if rank_and_world()[1] > 1:
+        dist.barrier()

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -73,7 +74,11 @@ def preference_task(
         metrics = preference_metrics(outcome, scores, held_out, rows, config)
         return {f"eval_{name}": value for name, value in metrics.items()}
 
-    return Task(gradients, evaluate, schedule.steps_per_epoch, total_steps or schedule.total_steps)
+    def items(step: int) -> list[str]:
+        rows = batch_rows(data, schedule.batch(step), config)
+        return [data.item_ids[row] for row in rows if row < len(data.item_ids)]
+
+    return Task(gradients, evaluate, schedule.steps_per_epoch, total_steps or schedule.total_steps, items)
 
 
 def check_margins(scorer: Scorer, data: PreferenceData, config: TrainConfig, dtype: str) -> float:
@@ -116,7 +121,13 @@ def _preference_gradients(
 
 
 def sft_task(
-    scorer: Scorer, tokens: TokenizedItems, train: Rows, validation: Rows, config: SFTConfig, seed: int
+    scorer: Scorer,
+    tokens: TokenizedItems,
+    train: Rows,
+    validation: Rows,
+    config: SFTConfig,
+    seed: int,
+    item_ids: Sequence[str] = (),
 ) -> Task:
     """Supervised fine-tuning: the loss is on the response, in nats per token of the batch."""
     keep_tokens = tokens_to_keep(scorer, tokens, config.activation_memory_gib)
@@ -154,4 +165,7 @@ def sft_task(
         scores = score_all(scorer, tokens, validation, max_tokens=config.max_micro_batch_tokens, instruction=False)
         return {"eval_loss": float(sft(ItemScores(*scores.T), int(tokens.response_tokens[validation].sum())))}
 
-    return Task(gradients, evaluate, schedule.steps_per_epoch, schedule.total_steps)
+    def items(step: int) -> list[str]:
+        return [item_ids[row] for row in train[schedule.batch(step)[1]] if row < len(item_ids)]
+
+    return Task(gradients, evaluate, schedule.steps_per_epoch, schedule.total_steps, items)

@@ -247,6 +247,8 @@ def _model_slice(context: Context, *without: str) -> dict[str, Any]:
 def _shower(bar: Bar) -> Any:
     def show(done: int, total: int, metrics: dict[str, float]) -> None:
         notes = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        if "workers" in metrics:  # fewer than asked for
+            notes.insert(0, f"on {metrics['workers']:.0f} worker(s), the others' node is lost,")
         if "rewards/accuracies" in metrics:
             notes.append(f"accuracy {metrics['rewards/accuracies']:.2f}")
         if "joint/items_per_second" in metrics:

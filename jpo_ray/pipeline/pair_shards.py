@@ -176,7 +176,8 @@ def _problem(context: Context, here: SplitItems, wish: JointWish, shared: "Share
     key = "budget" if here.split == "train" else "validation_budget"
     rows = _side(left, here, groups, shared.array, config, seed)
     columns = rows if right is left else _side(right, here, groups, shared.array, config, seed)
-    return JointProblem(rows, columns, shared, config, wish.budget, seed, f"pairs.joint.{key}", wish.at_most)
+    timeout_s = context.config.cluster.actor_timeout_s
+    return JointProblem(rows, columns, shared, config, wish.budget, seed, f"pairs.joint.{key}", wish.at_most, timeout_s)
 
 
 def _side(items: Items, here: SplitItems, groups: int | None, vectors: Any, config: JointPairs, seed: int) -> Side:

@@ -1,11 +1,9 @@
 """`jpo serve`: start the endpoint, wait until it is told to stop, and let streams finish."""
 
 import os
-import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from jpo_ray.config_serve import ServeConfig
 from jpo_ray.errors import InputError
 from jpo_ray.serving.keys import read_keys, require_keys
 from jpo_ray.serving.plan import Plan, make_plan
+from jpo_ray.stopping import sigterm_stops
 
 
 def serve_run(config: ServeConfig, console: Console) -> None:
@@ -34,7 +33,7 @@ def serve_run(config: ServeConfig, console: Console) -> None:
     proxy_port = _free_port(config.model_copy(update={"port": 0})) if direct else port
     from jpo_ray.cluster.session import ray_session
 
-    with ray_session(ClusterConfig(address=config.address)) as ray, _signals_interrupt():
+    with ray_session(ClusterConfig(address=config.address)) as ray, sigterm_stops():
         _require_room(ray, plan, config)
         try:
             _start(plan, config, proxy_port)
@@ -88,16 +87,6 @@ def _stop(*, local: bool) -> None:
     serve.delete(APPLICATION)
     if not local and not serve.status().applications:  # a local cluster ends with all that is on it
         serve.shutdown()
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM acts like Ctrl-C. Ray sets a handler of its own when it starts, so this comes after."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _free_port(config: ServeConfig) -> int:

@@ -46,11 +46,16 @@ def artifacts_4bit(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Art
 
 @pytest.fixture(scope="module")
 def jobs(artifacts: Artifacts, artifacts_4bit: Artifacts) -> dict[str, tuple[Any, ...]]:
-    """Arguments of three trainings: LoRA with dropout, all parameters, LoRA on 4-bit weights."""
+    """Arguments of five trainings: LoRA with dropout, all parameters, both sharded with checkpointed activations and at
+    least two micro-batches a step, and LoRA on 4-bit weights.
+    """
     quantised = LORA.model_copy(update={"name": "nf4", "num_train_epochs": 1})
+    sharded = {"sharding": "fsdp2", "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
     return {
         "lora": (artifacts.inputs, artifacts.model, LORA, None),
         "full": (artifacts.inputs, artifacts.model, FULL, None),
+        "lora-fsdp2": (artifacts.inputs, artifacts.model, LORA.model_copy(update=sharded), None),
+        "full-fsdp2": (artifacts.inputs, artifacts.model, FULL.model_copy(update=sharded), None),
         "nf4": (artifacts_4bit.inputs, artifacts_4bit.model, quantised, None),
     }
 
@@ -59,7 +64,7 @@ def jobs(artifacts: Artifacts, artifacts_4bit: Artifacts) -> dict[str, tuple[Any
 def on_two(
     ray_cluster: Any, jobs: dict[str, tuple[Any, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """The three trainings by two workers: their folder and states."""
+    """The trainings by two workers: their folder and states."""
     out = tmp_path_factory.mktemp("on-two") / "out"
     for name in jobs:
         (out / name).mkdir(parents=True)
@@ -73,7 +78,13 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("lora", "adapter_model.safetensors"), ("full", "model.safetensors"), ("nf4", "adapter_model.safetensors")],
+    [
+        ("lora", "adapter_model.safetensors"),
+        ("full", "model.safetensors"),
+        ("lora-fsdp2", "adapter_model.safetensors"),
+        ("full-fsdp2", "model.safetensors"),
+        ("nf4", "adapter_model.safetensors"),
+    ],
 )
 def test_two_workers_train_what_one_process_trains(
     llama: Path,
@@ -94,7 +105,7 @@ def test_two_workers_train_what_one_process_trains(
     assert abs(losses[0][2] - 0.693147) > 0.003
     one, two = (load_file(folder / file) for folder in (tmp_path, out / name))
     assert one.keys() == two.keys()
-    start = load_file(llama / file) if name == "full" else {key: one[key] * ("lora_A" in key) for key in one}
+    start = load_file(llama / file) if "full" in name else {key: one[key] * ("lora_A" in key) for key in one}
     assert distance(one, start) > 0.02
     assert distance(one, two) < TOLERANCE * distance(one, start)
     assert not list(out.parent.glob("ray-*"))  # Ray Train's own notes are gone
@@ -119,10 +130,10 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(
     """Rank 1 is killed after 7 of 12 steps; both workers start again from the checkpoint of step 6."""
     out = tmp_path / "out"
     out.mkdir()
-    work = Work(working.killed_once, (tmp_path, 7, *jobs["lora"]))
+    work = Work(working.struck, (tmp_path, [working.Strike(7, rank=1)], *jobs["lora"]))
     shown: list[tuple[int, int]] = []
     state = run_training(ray_cluster, CLUSTER, "train", work, out, lambda done, total, _: shown.append((done, total)))
-    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "strikes").read_text().count("\n") == 1
     for rank in (0, 1):
         lines = (tmp_path / f"rank{rank}").read_text().splitlines()
         assert lines == ["2 workers from the start", "2 workers from checkpoint-6"]
@@ -134,9 +145,15 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(
     assert shown[-1] == (12, 12)
 
 
-def test_bad_input_found_by_a_worker_comes_back_as_such_without_retries(ray_cluster: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [(), (0,)])
+def test_bad_input_found_by_a_worker_comes_back_as_such_without_retries(
+    ranks: tuple[int, ...], ray_cluster: Any, tmp_path: Path
+) -> None:
+    """By all workers, or by one for whom the others wait."""
+    work, started = Work(working.refused, (tmp_path, *ranks)), time.monotonic()
     with pytest.raises(InputError, match=r"^data\.jsonl line 3: `text` is missing$"):
-        run_training(ray_cluster, CLUSTER, "train", Work(working.refused, (tmp_path,)), tmp_path / "out", nothing)
+        run_training(ray_cluster, CLUSTER, "train", work, tmp_path / "out", nothing)
+    assert time.monotonic() - started < CLUSTER.collective_timeout_s
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["an attempt\n"] * 2
 
 

@@ -1,21 +1,26 @@
 """A resumed run is the uninterrupted one; checkpoints are whole or not read; results load in plain libraries."""
 
+import errno
 import json
+import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from disks import small_disk
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.tiny import World, config
 from jpo_ray.config import BaseModelConfig, TrainConfig
-from jpo_ray.engine import loop
+from jpo_ray.engine import checkpoints, loop
 from jpo_ray.engine.checkpoints import is_valid, load_checkpoint, newest_checkpoint, save_checkpoint
 from jpo_ray.engine.loop import Task, train
 from jpo_ray.engine.model import load_policy, load_tokenizer
@@ -23,6 +28,8 @@ from jpo_ray.engine.optim import make_optimizer
 from jpo_ray.engine.scoring import make_scorer
 from jpo_ray.engine.step import trainable
 from jpo_ray.engine.tasks import preference_task
+from jpo_ray.errors import InputError
+from jpo_ray.files import read_json
 
 RECIPES: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -132,6 +139,29 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert is_valid(tmp_path / "checkpoint-6")
 
 
+def test_a_checkpoint_cut_at_any_kilobyte_or_without_a_file_is_never_read(
+    lora: Run, world: World, tmp_path: Path
+) -> None:
+    """Each of its files, cut after every KiB and of its last bytes, and gone: the one before is the newest."""
+    with pytest.raises(StoppedError):
+        run(world, lora.recipe, tmp_path, stop)
+    newest, before = tmp_path / "checkpoint-4", tmp_path / "checkpoint-3"
+    files = sorted(newest.iterdir())
+    assert {path.name for path in files} >= {"adapter_model.safetensors", "optimizer.safetensors", "files.json"}
+    tried = 0
+    for path in files:
+        content = path.read_bytes()
+        path.unlink()
+        assert newest_checkpoint(tmp_path) == before
+        for size in [*range(0, len(content), 1024), len(content) - 2]:
+            path.write_bytes(content[:size])
+            assert newest_checkpoint(tmp_path) == before, (path.name, size)
+            tried += 1
+        path.write_bytes(content)
+        assert newest_checkpoint(tmp_path) == newest
+    logging.getLogger(__name__).info("%d files cut at %d places", len(files), tried)
+
+
 def test_nothing_is_a_checkpoint_before_there_is_one(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-7").write_text("a file")
@@ -212,14 +242,14 @@ def test_weights_of_another_model_are_refused(world: World, tmp_path: Path) -> N
         load_checkpoint(saved, model, optimizer)
 
 
-def fake_task(model: Any, losses: list[float], steps: int, loss: float = 1.0) -> Task:
+def fake_task(model: Any, losses: list[float], steps: int) -> Task:
     """A task whose held-out losses are given; its gradients are zero."""
     remaining = iter(losses)
 
     def gradients(_step: int) -> dict[str, float]:
         for parameter in trainable(model):
             parameter.grad = torch.zeros_like(parameter)
-        return {"loss": loss, "tokens": 10}
+        return {"loss": 1.0, "tokens": 10}
 
     return Task(gradients, lambda: {"eval_loss": next(remaining)}, 2, steps)
 
@@ -238,14 +268,108 @@ def test_the_best_and_the_last_checkpoint_are_kept(world: World, tmp_path: Path)
     assert [entry["epoch"] for entry in trained] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
 
 
-def test_a_loss_that_is_no_number_stops_training(world: World, tmp_path: Path) -> None:
-    recipe = config(eval_steps=2)
-    model = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
-    before = [parameter.detach().clone() for parameter in trainable(model)]
-    with pytest.raises(FloatingPointError, match=r"^step 1: loss nan, gradient norm 0\.0; lower learning_rate"):
-        train(model, load_tokenizer(world.model), fake_task(model, [], 8, float("nan")), recipe, tmp_path)
-    assert all(torch.equal(was, now) for was, now in zip(before, trainable(model), strict=True))
-    assert newest_checkpoint(tmp_path) is None
+def spoiled(task: Task, model: Any, steps: set[int], what: str, total: int | None = None) -> Task:
+    """The task with a loss or gradient that is no number at these steps (counted from 0)."""
+
+    def gradients(step: int) -> dict[str, float]:
+        metrics = task.gradients(step)
+        if step in steps and what == "gradient":
+            next(parameter for parameter in trainable(model) if parameter.grad is not None).grad.fill_(float("inf"))
+        return metrics | ({"loss": float("nan")} if step in steps and what == "loss" else {})
+
+    return replace(task, gradients=gradients, total_steps=total or task.total_steps)
+
+
+def spoiled_run(world: World, recipe: TrainConfig, out: Path, steps: set[int], what: str, **options: Any) -> Run:
+    policy = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
+    task = preference_task(make_scorer(policy, dropout_seed=1), world.data, recipe, seed=1)
+    state = train(policy, load_tokenizer(world.model), spoiled(task, policy, steps, what), recipe, out, **options)
+    return Run(recipe, out, state, policy)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_no_number_is_skipped_and_counted(what: str, world: World, tmp_path: Path) -> None:
+    """Steps 2, 3 and 5 of 6; of three in a row there would have been an end. The weights stay what they were."""
+    seen: list[torch.Tensor] = []
+
+    def note(*_: Any) -> None:
+        parameters = torch.cat([p.detach().flatten() for p in trainable(models[0])])
+        seen.append(parameters.clone())
+
+    recipe = recipe_of("lora").model_copy(update={"max_skipped_steps": 3, "warmup_steps": 0})
+    models = [load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)]
+    task = preference_task(make_scorer(models[0], dropout_seed=1), world.data, recipe, seed=1)
+    task = spoiled(task, models[0], {1, 2, 4}, what)
+    state = train(models[0], load_tokenizer(world.model), task, recipe, tmp_path, progress=note)
+    assert [torch.equal(a, b) for a, b in pairwise(seen)] == [True, True, False, True, False]
+    assert torch.isfinite(seen[-1]).all()
+    assert (state["global_step"], state["skipped_steps"], state["skipped_in_a_row"]) == (6, 3, 0)
+    logged = {entry["step"]: entry for entry in state["log_history"] if "num_tokens" in entry}
+    assert [step for step, entry in logged.items() if "loss" in entry] == [1, 4, 6]
+    assert [entry.get("skipped_steps", 0) for entry in logged.values()] == [0, 1, 2, 2, 3, 3]
+    assert all(np.isfinite(value) for entry in logged.values() for value in entry.values())
+
+
+def test_a_run_stopped_between_skipped_steps_goes_on_counting(world: World, tmp_path: Path) -> None:
+    """Steps 4 and 5 are skipped, the kill comes after step 5, the checkpoint is of step 4: the same end."""
+    recipe = recipe_of("lora")
+    whole = spoiled_run(world, recipe, tmp_path / "whole", {3, 4}, "loss")
+    with pytest.raises(StoppedError):
+        spoiled_run(world, recipe, tmp_path / "again", {3, 4}, "loss", progress=stop)
+    again = spoiled_run(world, recipe, tmp_path / "again", {3, 4}, "loss")
+    assert_same(again, whole)
+    assert again.state["skipped_steps"] == whole.state["skipped_steps"] == 2
+
+
+def test_too_many_in_a_row_stop_training_and_name_the_items(world: World, tmp_path: Path) -> None:
+    ids = [f"item-{number}" for number in range(12)]
+    named = replace(world, data=replace(world.data, item_ids=ids))
+    recipe = recipe_of("lora").model_copy(update={"max_skipped_steps": 2})
+    with pytest.raises(InputError) as caught:
+        spoiled_run(named, recipe, tmp_path, {0, 3, 4, 5}, "loss")
+    written = read_json(tmp_path / "skipped_batch.json")
+    assert written["step"] == 5
+    assert set(written["items"]) <= set(ids)
+    assert 2 <= len(written["items"]) <= 8  # of four comparisons
+    assert str(caught.value).startswith(
+        f"{tmp_path}: loss or gradient was no finite number in 2 steps in a row, the last of them step 5 (loss nan, "
+    )
+    assert f"lower learning_rate, or look at its items: {', '.join(written['items'])} (all" in str(caught.value)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.name == "checkpoint-4"
+    weights = load_file(newest / "adapter_model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = recipe_of("lora")
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(InputError, match=r"checkpoint-2: cannot be written \(No space left on device\); mend that"):
+        run(world, recipe, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_keeps_the_checkpoint_before_and_training_goes_on_once_there_is_room(
+    lora: Run, world: World, tmp_path: Path
+) -> None:
+    """Room for one checkpoint and not for two."""
+    size = sum(path.stat().st_size for path in (lora.out / "checkpoint-6").iterdir())
+    with small_disk(tmp_path / "disk", f"{size * 3 // 2 // 1024}k") as disk:
+        out = disk.path / "out"
+        with pytest.raises(InputError, match=r"checkpoint-3: cannot be written \(.*No space left on device"):
+            run(world, lora.recipe, out)
+        assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+        assert is_valid(out / "checkpoint-2")
+        disk.remount("size=64m")
+        steps: list[int] = []
+        assert_same(run(world, lora.recipe, out, lambda done, *_: steps.append(done)), lora)
+        assert steps == [3, 4, 5, 6]
 
 
 def test_log_of_a_long_run_is_thinned_to_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

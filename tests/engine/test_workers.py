@@ -33,12 +33,48 @@ def outcomes(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_two_workers_are_one(case: str, outcomes: Path, world: World) -> None:
     """Loss, scores and parameter gradients, with dropout on; both ranks have the same to the last bit."""
+    assert_as_alone(case, outcomes, WORKERS, world)
+
+
+def assert_as_alone(case: str, outcomes: Path, workers: int, world: World) -> None:
     alone = outcome_of(case, world)
-    first, second = (load_file(outcomes / f"{case}-{rank}.safetensors") for rank in range(WORKERS))
-    assert first.keys() == second.keys() == alone.keys()
+    first, *others = (load_file(outcomes / f"{case}-{rank}.safetensors") for rank in range(workers))
+    for other in others:
+        assert other.keys() == first.keys() == alone.keys()
+        assert all(torch.equal(value, other[name]) for name, value in first.items())
     for name, value in first.items():
-        assert torch.equal(value, second[name])
         assert difference(value, alone[name]) < SAME
+
+
+@pytest.mark.slow
+def test_four_workers_are_one_too_and_go_on_where_two_stopped(
+    outcomes: Path, world: World, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Every case; six sharded steps; and the last two of them from the checkpoint that two workers wrote."""
+    out = tmp_path_factory.mktemp("four")
+    torch.multiprocessing.spawn(work, (4, world.model, out, outcomes), nprocs=4)
+    for case in CASES:
+        assert_as_alone(case, out, 4, world)
+    for name in SHARDED_RECIPES:
+        expected, _ = train_alone(name, world, out / "alone" / name)
+        found = weights_in(out / name)
+        moved = distance(expected, start_of(name, world, found))
+        assert distance(found, expected) < 2e-3 * moved
+        assert distance(weights_in(out / "resumed" / name), expected) < 2e-3 * moved
+
+
+def train_alone(name: str, world: World, out: Path) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """In this process, unsharded: the weights, and the steps that were done."""
+    recipe = SHARDED_RECIPES[name]
+    policy = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
+    task = preference_task(make_scorer(policy, dropout_seed=1), world.data, recipe, seed=1)
+    steps: list[int] = []
+    train(policy, load_tokenizer(world.model), task, recipe, out, progress=lambda done, *_: steps.append(done))
+    return weights_in(out), steps
+
+
+def start_of(name: str, world: World, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return weights_in(world.model) if name == "full" else {key: trained[key] * ("lora_A" in key) for key in trained}
 
 
 @pytest.mark.parametrize("name", SHARDED_RECIPES)
@@ -46,23 +82,12 @@ def test_a_sharded_run_is_the_unsharded_one_and_goes_on_unsharded(
     name: str, outcomes: Path, world: World, tmp_path: Path
 ) -> None:
     """Six steps on two workers' slices; then the last two again, in one process, from the checkpoint of step 4."""
-
-    def one_process(out: Path) -> tuple[dict[str, torch.Tensor], list[int]]:
-        recipe = SHARDED_RECIPES[name]
-        policy = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
-        task = preference_task(make_scorer(policy, dropout_seed=1), world.data, recipe, seed=1)
-        steps: list[int] = []
-        train(policy, load_tokenizer(world.model), task, recipe, out, progress=lambda done, *_: steps.append(done))
-        return weights_in(out), steps
-
-    (tmp_path / "whole").mkdir()
-    expected, _ = one_process(tmp_path / "whole")
+    expected, _ = train_alone(name, world, tmp_path / "whole")
     found = weights_in(outcomes / name)
     shutil.copytree(outcomes / name / "middle", tmp_path / "resumed")
-    resumed, steps = one_process(tmp_path / "resumed")
+    resumed, steps = train_alone(name, world, tmp_path / "resumed")
     assert steps == [5, 6]
-    start = weights_in(world.model) if name == "full" else {key: found[key] * ("lora_A" in key) for key in found}
-    moved = distance(expected, start)
+    moved = distance(expected, start_of(name, world, found))
     assert moved > 0.02
     for other in (found, resumed):
         assert other.keys() == expected.keys()

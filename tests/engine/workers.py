@@ -20,6 +20,7 @@ from jpo_ray.engine.tasks import preference_task
 
 PREFERENCE_CASES: dict[str, dict[str, Any]] = {
     "lora": {},
+    "lora-accumulated": {"gradient_accumulation_steps": 3},
     "lora-two-phase": {"max_micro_batch_tokens": 120, "activation_memory_gib": 0.0},
     "lora-kto": {"objective": "kto"},
     "full": {"use_peft": False},
@@ -77,7 +78,7 @@ def train_sharded(world: World, out: Path) -> None:
         policy = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
         scorer = shard(make_scorer(policy, dropout_seed=1), CPU)
         task = preference_task(scorer, world.data, recipe, seed=1)
-        (out / name).mkdir(exist_ok=True)
+        (out / name).mkdir(parents=True, exist_ok=True)
 
         def copied(done: int, _total: int, _metrics: Any, folder: Path = out / name) -> None:
             if done == 5 and dist.get_rank() == 0:  # before the next checkpoint takes its place
@@ -86,11 +87,18 @@ def train_sharded(world: World, out: Path) -> None:
         train(policy, load_tokenizer(world.model), task, recipe, out / name, progress=copied)
 
 
-def work(rank: int, workers: int, model: Path, out: Path) -> None:
+def work(rank: int, workers: int, model: Path, out: Path, begun: Path | None = None) -> None:
+    """All cases and the sharded trainings; with `begun` also the end of those that other workers have begun there."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out / 'meeting'}", rank=rank, world_size=workers)
     world = make_world(model)
     for case in CASES:
         save_file(outcome_of(case, world), out / f"{case}-{rank}.safetensors")
     train_sharded(world, out)
+    if begun is not None:
+        if rank == 0:
+            for name in SHARDED_RECIPES:
+                shutil.copytree(begun / name / "middle", out / "resumed" / name)
+        dist.barrier()
+        train_sharded(world, out / "resumed")
     dist.destroy_process_group()
