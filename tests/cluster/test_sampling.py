@@ -1,6 +1,7 @@
 """Sampling: base and adapters mixed in one pass give, greedily, what transformers and peft give one by one."""
 
 import importlib.util
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from engine.tiny import INSTRUCTIONS, LAYOUT
 
 from cluster.running import CLUSTER
-from jpo_ray.cluster.sampling import _groups, _with_timeout, choose_engine, engine_options, generate
+from jpo_ray.cluster.sampling import _groups, choose_engine, engine_options, generate
+from jpo_ray.cluster.session import READ_AHEAD, within
 from jpo_ray.config import SampleConfig, TrainConfig
 from jpo_ray.data.tokens import prompt_ids
 from jpo_ray.engine.model import add_lora, load_model, load_tokenizer
@@ -251,10 +253,26 @@ def test_an_engine_that_falls_silent_is_an_error() -> None:
 
         threading.Event().wait(2)
 
-    answers = _with_timeout(silent(), 0.2)
+    answers = within(silent(), 0.2, "sample", "sample.timeout_s")
     assert next(answers).text == "first"
-    with pytest.raises(TimeoutError, match=r"no answer for 0\.2 s \(sample\.timeout_s\)"):
+    with pytest.raises(TimeoutError, match=r"^sample: nothing came for 0\.2 s \(sample\.timeout_s\)"):
         next(answers)
+
+
+def test_who_stops_listening_ends_what_is_asked() -> None:
+    """Nothing is read far ahead, and the rest is not asked for."""
+    asked: list[int] = []
+
+    def counted() -> Iterator[int]:
+        for number in range(10_000):
+            asked.append(number)
+            yield number
+
+    numbers = within(counted(), 5, "sample", "sample.timeout_s")
+    assert [next(numbers) for _ in range(3)] == [0, 1, 2]
+    numbers.close()  # type: ignore[attr-defined]
+    time.sleep(0.1)
+    assert len(asked) <= 3 + READ_AHEAD + 1
 
 
 def test_an_error_of_the_engine_comes_through() -> None:
@@ -263,4 +281,4 @@ def test_an_error_of_the_engine_comes_through() -> None:
         raise MemoryError("out of it")
 
     with pytest.raises(MemoryError, match="out of it"):
-        list(_with_timeout(failing(), 5))
+        list(within(failing(), 5, "sample", "sample.timeout_s"))

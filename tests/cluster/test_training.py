@@ -150,10 +150,11 @@ def test_bad_input_found_by_a_worker_comes_back_as_such_without_retries(
     ranks: tuple[int, ...], ray_cluster: Any, tmp_path: Path
 ) -> None:
     """By all workers, or by one for whom the others wait."""
-    work, started = Work(working.refused, (tmp_path, *ranks)), time.monotonic()
+    patient = CLUSTER.model_copy(update={"collective_timeout_s": 3600})
     with pytest.raises(InputError, match=r"^data\.jsonl line 3: `text` is missing$"):
-        run_training(ray_cluster, CLUSTER, "train", work, tmp_path / "out", nothing)
-    assert time.monotonic() - started < CLUSTER.collective_timeout_s
+        run_training(
+            ray_cluster, patient, "train", Work(working.refused, (tmp_path, *ranks)), tmp_path / "out", nothing
+        )
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["an attempt\n"] * 2
 
 
