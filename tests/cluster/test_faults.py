@@ -190,7 +190,7 @@ def test_killed_embedding_actors_lose_and_repeat_nothing(
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A sentence encoder of random weights."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
