@@ -17,6 +17,13 @@ import pyarrow.parquet as pq
 Kind = tuple[str, str]  # split, protocol
 COUNTS = b"jpo_ray.counts"
 ROWS = 2**20  # of a shard, about
+# Columns of few distinct values. A shard's item ids need more room than Parquet's default for them, 1 MiB, beyond which
+# each would stand there in full.
+REPEATED = {
+    "item_a", "item_b", "chosen", "rejected", "protocol", "strategy", "split", "annotator", "verdict", "verdict_ab",
+    "verdict_ba", "weight", "probability", "tokens", "cost", "reason",
+}  # fmt: skip
+DICTIONARY_BYTES = 2**24
 
 
 def files_of(path: Path) -> list[Path]:
@@ -52,7 +59,10 @@ def shard_bytes(table: pa.Table, schema: pa.Schema) -> bytes:
     if {"split", "protocol"} <= set(schema.names):
         table = table.replace_schema_metadata({COUNTS: json.dumps(_written(kinds_in(table)))})
     buffer = BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    repeated = [name for name in schema.names if name in REPEATED]
+    pq.write_table(
+        table, buffer, compression="zstd", use_dictionary=repeated, dictionary_pagesize_limit=DICTIONARY_BYTES
+    )
     return buffer.getvalue()
 
 
