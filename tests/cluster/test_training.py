@@ -155,7 +155,8 @@ def test_bad_input_found_by_a_worker_comes_back_as_such_without_retries(
         run_training(
             ray_cluster, patient, "train", Work(working.refused, (tmp_path, *ranks)), tmp_path / "out", nothing
         )
-    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["an attempt\n"] * 2
+    # Once in each rank, or not at all where the other had ended it before.
+    assert {path.read_text() for path in tmp_path.glob("rank*")} == {"an attempt\n"}
 
 
 def test_a_worker_that_fails_ends_the_run_though_another_waits_for_it(ray_cluster: Any, tmp_path: Path) -> None:
