@@ -1,6 +1,7 @@
 """What stages ask of the cluster: shares of its nodes, refused or waited for before anything starts."""
 
 import math
+import time
 from typing import Any
 
 from jpo_ray.config_cluster import ClusterConfig
@@ -9,6 +10,7 @@ from jpo_ray.errors import InputError
 Bundle = dict[str, float]  # resource -> amount, of one worker or actor
 
 ROUNDING = 1e-6  # of shares of a GPU
+LOOK_S = 5  # between looks at which nodes live
 LESS = (
     "lower cluster.num_workers, num_actors, cpus_per_worker or gpus_per_worker, for this stage alone under "
     "cluster.stages"
@@ -57,13 +59,36 @@ def await_resources(ray: Any, config: ClusterConfig, stage: str, bundles: list[B
     try:
         if group.wait(math.ceil(config.wait_s)):  # Ray counts whole seconds
             return
-        free = _describe_total(ray.available_resources(), bundles)
-        raise TimeoutError(
-            f"{stage}: waited {config.wait_s:g} s (cluster.wait_s) for {len(bundles)} x {_describe(bundles[0])}; the "
-            f"cluster has {_describe_total(ray.cluster_resources(), bundles)}, of which {free} are free"
-        )
+        raise _no_room(ray, config, stage, bundles)
     finally:
         ray.util.remove_placement_group(group)
+
+
+def await_most(ray: Any, config: ClusterConfig, stage: str, bundle: Bundle, count: int) -> int:
+    """`count`, when the cluster has room for so many of `bundle`; fewer, once the nodes that live hold no more.
+
+    A node that lost its power counts as alive for about a minute. Raises `TimeoutError` after `config.wait_s`.
+    """
+    bundles = [bundle] * count
+    group = ray.util.placement_group(bundles, strategy="PACK")
+    deadline = time.monotonic() + config.wait_s
+    try:
+        while (left := count_fitting(ray, bundle, count)) == count:
+            if group.wait(min(LOOK_S, math.ceil(config.wait_s))):
+                return count
+            if time.monotonic() > deadline:
+                raise _no_room(ray, config, stage, bundles)
+        return left
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def _no_room(ray: Any, config: ClusterConfig, stage: str, bundles: list[Bundle]) -> TimeoutError:
+    free = _describe_total(ray.available_resources(), bundles)
+    return TimeoutError(
+        f"{stage}: waited {config.wait_s:g} s (cluster.wait_s) for {len(bundles)} x {_describe(bundles[0])}; the "
+        f"cluster has {_describe_total(ray.cluster_resources(), bundles)}, of which {free} are free"
+    )
 
 
 def require_resources(ray: Any, stage: str, bundles: list[Bundle], mend: str = LESS) -> None:

@@ -22,7 +22,6 @@ READ_AHEAD = 64  # results that wait for whoever asked for them
 # Set before Ray starts, unless the user did.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train polls its workers this often
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # longest wait for room; then the training goes on with less
     "RAY_process_group_cleanup_enabled": "true",  # what a killed worker has started (vLLM's engine process) ends too
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "VLLM_LOGGING_LEVEL": "ERROR",

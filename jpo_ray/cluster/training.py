@@ -5,6 +5,7 @@ the newest valid one; so does a worker group that Ray Train restarts. The folder
 its place on an object store: workers then fetch what they read to where they run, and rank 0 leaves there what it made.
 """
 
+import itertools
 import os
 import shutil
 import threading
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.cluster.resources import await_resources, count_fitting, on_this_node, worker_resources
+from jpo_ray.cluster.resources import await_most, await_resources, count_fitting, on_this_node, worker_resources
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.engine.checkpoints import fetch_checkpoints
 from jpo_ray.errors import InputError
@@ -22,6 +23,7 @@ from jpo_ray.files import hash_file
 from jpo_ray.stored import origins, place_of, pull, push
 
 POLL_S = 0.3
+START_TIMEOUT_S = 30.0  # of a worker group that finds no room, where no nodes are to come
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def run_training(
     shower.start()
     workers = config.num_workers
     try:
-        while True:
+        for attempt in itertools.count():
             shutil.rmtree(storage, ignore_errors=True)  # of an attempt that was killed
             failed = _fit(ray, config, stage, work, out, storage, board, controllers, wanted, workers)
             result, input_error = ray.get(board.outcome.remote())
@@ -91,10 +93,8 @@ def run_training(
                 raise InputError(input_error)
             if failed is None:
                 break
-            left = count_fitting(ray, wanted, workers)
-            if not 0 < left < workers:
-                raise failed
-            workers = left  # a node is lost: the rest goes on, from the newest checkpoint
+            may_wait = attempt <= config.max_failures
+            workers = _workers_left(ray, config, stage, failed, wanted, workers, may_wait)
     finally:
         stop.set()
         shower.join()
@@ -102,6 +102,36 @@ def run_training(
     fetch_checkpoints(out)
     pull(out)
     return result
+
+
+def _workers_left(
+    ray: Any,
+    config: ClusterConfig,
+    stage: str,
+    failed: Exception,
+    wanted: dict[str, float],
+    workers: int,
+    may_wait: bool,
+) -> int:
+    """How many workers go on from the newest checkpoint: fewer where a node is lost. Raises `failed` if none do."""
+    from ray.train import ControllerError
+
+    if may_wait and isinstance(failed, ControllerError):  # no room: others hold it, or a node is not yet known as dead
+        left = await_most(ray, config, stage, wanted, workers)
+    elif (left := count_fitting(ray, wanted, workers)) == workers:
+        raise failed
+    if left == 0:
+        raise failed
+    return left
+
+
+def _environment(config: ClusterConfig) -> dict[str, str]:
+    """What Ray Train reads from the environment: how long it waits for a worker that hangs, and for room."""
+    start_s = config.wait_s if config.autoscaling else START_TIMEOUT_S
+    return {
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.collective_timeout_s),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_s),
+    }
 
 
 def _fit(
@@ -121,7 +151,7 @@ def _fit(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu = bool(wanted.get("GPU"))
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.collective_timeout_s)  # of one that hangs
+    os.environ.update(_environment(config))
     settings = {"work": work, "out": out, "board": board, "threads": int(wanted["CPU"]), "gpu": gpu}
     settings |= {"needs": origins(work.arguments, work.needs), "driver": ray.get_runtime_context().get_node_id()}
     trainer = TorchTrainer(

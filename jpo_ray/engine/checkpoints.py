@@ -163,13 +163,17 @@ def _step_of(path: Path) -> int:
 def _flatten_state(
     optimizer: Any, parameters: list[nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float | int]]:
+    """The optimizer's state in whole tensors: on CPU, and on rank 0 alone; every rank must call it."""
+    keep = rank_and_world()[0] == 0
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, float | int] = {}
     for index, parameter in enumerate(parameters):
         for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = whole(value).detach().clone().contiguous()
-            else:
+                gathered = whole(value.detach())
+                if keep:  # a copy: parameters may share a tensor of their state, which a file may not
+                    tensors[f"{index}.{name}"] = gathered.to("cpu", copy=True).contiguous()
+            elif keep:
                 scalars[f"{index}.{name}"] = value
     return tensors, scalars
 

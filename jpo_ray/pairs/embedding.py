@@ -1,6 +1,7 @@
 """Sentence embeddings of instructions."""
 
 import importlib.util
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def vectors_of(column: pa.ChunkedArray) -> npt.NDArray[np.float16]:
 def count_truncated(model: Any, texts: Sequence[str]) -> int:
     """How many texts are longer than the encoder reads (`max_seq_length` tokens); it embeds their beginnings."""
     limit = model.max_seq_length
-    if limit is None:
+    if limit is None or math.isinf(limit):  # the latter of static encoders, whose tokenizer is none of transformers'
         return 0
     ids = model.tokenizer(list(texts), truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
     return sum(len(row) > limit for row in ids)

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.train import ControllerError
 
 from cluster.running import CLUSTER, NoBar, nothing
+from jpo_ray.cluster import resources, training
 from jpo_ray.cluster.embedding import embed_texts
 from jpo_ray.cluster.reference import reference_scores
-from jpo_ray.cluster.resources import cpus_for_each, require_resources, worker_resources
+from jpo_ray.cluster.resources import await_most, cpus_for_each, require_resources, worker_resources
 from jpo_ray.cluster.sampling import generate
 from jpo_ray.cluster.session import ray_session
 from jpo_ray.cluster.training import Work, run_training
@@ -66,6 +68,80 @@ def test_workers_must_fit_whole_nodes() -> None:
     message = r"^train: asks for 3 x 2 CPU, but the cluster has 6 CPU, 0 GPU on 2 node\(s\); lower cluster\.num_workers"
     with pytest.raises(InputError, match=message):
         require_resources(cluster, "train", [{"CPU": 2}] * 3)
+
+
+ONE_CPU = {"CPU": 1.0}
+
+
+def losing(looks: int, *, ready_after: int | None = None) -> Any:
+    """Two nodes of one CPU, of which one is dead and counts as alive for so many looks; room comes after some waits."""
+    seen = {"looks": 0, "waits": 0, "groups": 0}
+
+    def nodes() -> list[dict[str, Any]]:
+        seen["looks"] += 1
+        return [{"Alive": alive, "Resources": ONE_CPU} for alive in (True, seen["looks"] <= looks)]
+
+    def wait(_seconds: int) -> bool:
+        seen["waits"] += 1
+        return ready_after is not None and seen["waits"] > ready_after
+
+    def group(_bundles: Nodes, **_: str) -> Any:
+        seen["groups"] += 1
+        return SimpleNamespace(wait=wait)
+
+    def remove(_group: Any) -> None:
+        seen["groups"] -= 1
+
+    util = SimpleNamespace(placement_group=group, remove_placement_group=remove)
+    total = {"CPU": 2.0}
+    return SimpleNamespace(
+        nodes=nodes, util=util, seen=seen, cluster_resources=lambda: total, available_resources=lambda: ONE_CPU
+    )
+
+
+def test_a_node_that_is_not_yet_known_as_dead_is_waited_for_and_then_done_without() -> None:
+    ray = losing(4)
+    assert await_most(ray, ClusterConfig(), "train", ONE_CPU, 2) == 1
+    assert ray.seen == {"looks": 5, "waits": 4, "groups": 0}
+
+
+def test_room_that_another_holds_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = losing(1000, ready_after=2)
+    assert await_most(ray, ClusterConfig(), "train", ONE_CPU, 2) == 2
+    assert ray.seen == {"looks": 3, "waits": 3, "groups": 0}
+    ray = losing(1000)
+    clock = iter(range(0, 1000, 100))
+    monkeypatch.setattr(resources, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    message = r"^train: waited 600 s \(cluster\.wait_s\) for 2 x 1 CPU; the cluster has 2 CPU, 0 GPU, of which 1 CPU"
+    with pytest.raises(TimeoutError, match=message):
+        await_most(ray, ClusterConfig(), "train", ONE_CPU, 2)
+    assert ray.seen == {"looks": 7, "waits": 7, "groups": 0}
+
+
+def test_only_workers_that_found_no_room_wait_for_it() -> None:
+    """Those that failed by themselves go on as fewer where a node is known as lost, and else not at all."""
+    no_room, failed = ControllerError(TimeoutError("no room")), ValueError("loss nan")
+
+    def left(ray: Any, error: Exception, may_wait: bool = True) -> int:
+        return training._workers_left(ray, ClusterConfig(), "train", error, ONE_CPU, 2, may_wait)
+
+    assert left(losing(3), no_room) == 1
+    assert left(losing(1000, ready_after=1), no_room) == 2
+    assert left(losing(0), failed) == 1
+    with pytest.raises(ValueError, match="loss nan"):
+        left(losing(3), failed)
+    with pytest.raises(ControllerError):  # after `max_failures` waits
+        left(losing(3), no_room, may_wait=False)
+    gone = losing(0)
+    gone.nodes = lambda: [{"Alive": False, "Resources": ONE_CPU}]
+    with pytest.raises(ControllerError):
+        left(gone, no_room)
+
+
+@pytest.mark.parametrize(("autoscaling", "seconds"), [(False, 30), (True, 600)])
+def test_workers_wait_for_nodes_that_are_to_come(autoscaling: bool, seconds: float) -> None:
+    found = training._environment(ClusterConfig(autoscaling=autoscaling))
+    assert float(found["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) == seconds
 
 
 def _embed(ray: Any, config: ClusterConfig, folder: Path) -> Any:

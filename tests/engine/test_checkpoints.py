@@ -232,6 +232,28 @@ def test_optimizer_state_and_weights_make_the_round_trip(name: str, world: World
         assert torch.uint8 in {optimizers[1].state[p]["state1"].dtype for p in trainable(models[1])}
 
 
+def test_only_rank_0_keeps_the_optimizers_state(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathered one tensor at a time, which every rank takes part in; rank 0 has copies on the CPU."""
+    recipe = recipe_of("lora")
+    parameters = trainable(load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1))
+    optimizer = make_optimizer(parameters, recipe)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = [v for p in parameters for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
+    gathered: list[torch.Tensor] = []
+    monkeypatch.setattr(checkpoints, "whole", lambda tensor: gathered.append(tensor) or tensor)
+    for rank in (0, 1):
+        monkeypatch.setattr(checkpoints, "rank_and_world", lambda rank=rank: (rank, 2))
+        gathered.clear()
+        tensors, scalars = checkpoints._flatten_state(optimizer, parameters)
+        assert len(gathered) == len(held) > len(parameters)
+        assert len(tensors) == (0 if rank else len(held))
+        assert not (rank and scalars)
+        assert all(tensor.device.type == "cpu" for tensor in tensors.values())
+        assert not {t.data_ptr() for t in tensors.values()} & {t.data_ptr() for t in held}
+
+
 def test_weights_of_another_model_are_refused(world: World, tmp_path: Path) -> None:
     full = recipe_of("full")
     model = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), full, seed=1)

@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.util
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ def encoder() -> Any:
 def test_texts_longer_than_the_encoder_reads_are_counted(encoder: Any) -> None:
     assert encoder.max_seq_length == 256
     assert count_truncated(encoder, ["short", "word " * 250, "word " * 300, "word " * 1000]) == 2
+
+
+@pytest.mark.parametrize("limit", [None, float("inf")])
+def test_an_encoder_without_a_limit_truncates_nothing(limit: float | None) -> None:
+    """A static encoder's tokenizer is none of transformers' and cannot be called."""
+    assert count_truncated(SimpleNamespace(max_seq_length=limit, tokenizer=None), ["word " * 1000]) == 0
 
 
 @needs_minilm
