@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jpo_ray.errors import InputError
 from jpo_ray.files import hash_file, write_json
 from jpo_ray.store import is_uri
 from jpo_ray.stored import Place, make_working_copy, open_store, place_of, users_folder, working_copy
 
+LOGGER = logging.getLogger(__name__)
 PART_DIGITS = 16  # of the hash of a part's content, in its name
 
 
@@ -60,11 +61,12 @@ def append_part(folder: Path, key: dict[str, Any], table: pa.Table) -> None:
     pq.write_table(table, staged, compression="zstd")
     part = staged.rename(folder / f"part-{hash_file(staged)[:PART_DIGITS]}.parquet")
     if (place := place_of(folder)) is not None:
-        place.store.upload(folder, place.name, [part.name, "key.json"])
+        for path in (part, folder / "key.json"):  # whole, also where Ctrl-C comes: others would read a part cut short
+            place.store.write(f"{place.name}/{path.name}", path.read_bytes())
 
 
 def fetch_parts(place: Place, folder: Path) -> None:
-    """Copy a key's parts from the store. Raises `InputError` for one whose content is not what its name says."""
+    """Copy a key's parts from the store, but for those (logged) whose content is not what their name says."""
     store, name = place.store, place.name
     lacking = [part for part in store.names(name) if part.startswith("part-") and not (folder / part).exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,5 +74,7 @@ def fetch_parts(place: Place, folder: Path) -> None:
         store.download(name, Path(staged), lacking)
         for part in lacking:
             if part != f"part-{hash_file(Path(staged) / part)[:PART_DIGITS]}.parquet":
-                raise InputError(f"{store.shown(f'{name}/{part}')}: is damaged; delete it, its values are made again")
+                # As an error, since warnings are not shown while Ray works.
+                LOGGER.error("%s: is damaged and left out, its values are made again", store.shown(f"{name}/{part}"))
+                continue
             (Path(staged) / part).rename(folder / part)

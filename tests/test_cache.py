@@ -1,10 +1,21 @@
-"""The cache that all runs share: where it lies."""
+"""The cache that all runs share: where it lies, and what others find there after Ctrl-C or damage."""
 
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
+from s3 import S3
 
-from jpo_ray.cache import cache_folder
+from jpo_ray.cache import append_part, cache_folder, key_folder, read_parts
+from jpo_ray.stored import Place, place_of
+
+KEY = {"of": "test"}
+VALUES = pa.schema([("value", pa.int64())])
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,3 +27,75 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/caches/jpo-ray")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "jpo-ray"
+
+
+@pytest.fixture
+def shared(s3_server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """The folder of a key, on a machine of that name, in a cache on a store."""
+    monkeypatch.setenv("JPO_CACHE", s3_server.uri())
+
+    def on(machine: str) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        return key_folder(cache_folder(), "reference", KEY)
+
+    return on
+
+
+def append(folder: Path, *values: int) -> None:
+    append_part(folder, KEY, pa.table({"value": list(values)}, VALUES))
+
+
+def read(folder: Path) -> list[int]:
+    return sorted(value for part in read_parts(folder, VALUES) for value in part["value"].to_pylist())
+
+
+def place(folder: Path) -> Place:
+    found = place_of(folder)
+    assert found is not None
+    return found
+
+
+class Interrupted:
+    """The file system of a store, with Ctrl-C as soon as something is written."""
+
+    def __init__(self, files: Any) -> None:
+        self._files = files
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+    def open_output_stream(self, path: str) -> Any:
+        main = threading.main_thread().ident
+        assert main is not None
+        time.sleep(0.2)  # until it is waited for
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.2)  # until the writers are told
+        return self._files.open_output_stream(path)
+
+
+def test_ctrl_c_leaves_no_part_cut_short(shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    here = shared("here")
+    with monkeypatch.context() as patch:
+        store = place(here).store
+        patch.setattr(store, "_fs", Interrupted(store._fs))
+        with pytest.raises(KeyboardInterrupt):
+            append(here, 1, 2)
+    assert read(shared("elsewhere")) == [1, 2]
+    append(here, 3)
+    assert read(shared("elsewhere")) == [1, 2, 3]
+
+
+def test_a_damaged_part_is_left_out_and_named(shared: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    here = shared("here")
+    append(here, 1, 2)
+    (name,) = (path.name for path in here.glob("part-*"))
+    append(here, 3)
+    where = place(here)
+    where.store.write(f"{where.name}/{name}", (here / name).read_bytes()[:-9])
+    elsewhere = shared("elsewhere")
+    assert read(elsewhere) == [3]
+    (said,) = caplog.messages
+    assert said.startswith("s3://runs/")
+    assert said.endswith(f"/{name}: is damaged and left out, its values are made again")
+    append(elsewhere, 1, 2)  # made again: the same part, whole
+    assert read(shared("third")) == [1, 2, 3]
