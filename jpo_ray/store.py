@@ -178,7 +178,9 @@ def _checked(uri: str) -> Any:
     """The parts of a URI. Raises `InputError` where it holds what must not be shown, or names no bucket."""
     parts = urlsplit(uri)
     secret = [key for key, _ in parse_qsl(parts.query) if SECRET.search(key)]
-    if parts.password or parts.username not in (None, "", "anonymous") or secret:
+    # Elsewhere what stands before the @ is no credential: a container (abfs), a user that HDFS takes at its word.
+    key_id = parts.scheme in ("s3", "gs", "gcs") and parts.username not in (None, "", "anonymous")
+    if parts.password or key_id or secret:
         raise InputError(
             f"{parts.scheme}://...: credentials do not belong in a URI, which is shown and written down; give them by "
             "environment variables, a profile or a role"
@@ -198,7 +200,8 @@ def _connect(uri: str) -> tuple[Any, str]:
     if parts.scheme != "s3":  # pyarrow reads the options of others by itself
         found, path = FileSystem.from_uri(uri)
         return found, path.rstrip("/")
-    options: dict[str, Any] = dict(parse_qsl(parts.query))
+    user, _, bucket = parts.netloc.rpartition("@")
+    options: dict[str, Any] = ({"anonymous": "true"} if user else {}) | dict(parse_qsl(parts.query))
     if unknown := sorted(options.keys() - set(S3_OPTIONS)):
         raise InputError(f"{uri}: unknown option {unknown[0]}; there are {', '.join(S3_OPTIONS)}")
     for name in ("anonymous", "force_virtual_addressing"):
@@ -209,7 +212,7 @@ def _connect(uri: str) -> tuple[Any, str]:
         options["scheme"], options["endpoint_override"] = endpoint.split("://", 1)
     if "region" not in options:
         named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        options["region"] = named or ("us-east-1" if endpoint else resolve_s3_region(parts.netloc))
+        options["region"] = named or ("us-east-1" if endpoint else resolve_s3_region(bucket))
     found = S3FileSystem(
         connect_timeout=CONNECT_S,
         request_timeout=REQUEST_S,
@@ -217,7 +220,7 @@ def _connect(uri: str) -> tuple[Any, str]:
         allow_delayed_open=True,  # small objects in one request
         **options,
     )
-    return found, parts.netloc + unquote(parts.path).rstrip("/")
+    return found, bucket + unquote(parts.path).rstrip("/")
 
 
 def _side_by_side(work: Callable[[str, Event], None], names: Iterable[str]) -> None:

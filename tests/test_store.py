@@ -10,7 +10,7 @@ from s3 import S3
 
 from jpo_ray import store
 from jpo_ray.errors import InputError
-from jpo_ray.store import Store, StoreError, is_uri, location
+from jpo_ray.store import Store, StoreError, _checked, _connect, is_uri, location
 
 
 @pytest.fixture
@@ -81,12 +81,35 @@ def test_addresses_that_cannot_be_meant(uri: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["s3://AKIA:hush@bucket/run", "s3://bucket/run?secret_key=hush", "abfs://b/r?sas_token=hush"]
-)
+    "uri", [
+        "s3://AKIA:hush@bucket/run", "s3://hush@bucket/run", "gs://hush@bucket/run", "s3://bucket/run?secret_key=hush",
+        "abfs://b/r?sas_token=hush", "abfs://container:hush@account.dfs.core.windows.net/run", "hdfs://user:hush@host/run",
+    ],
+)  # fmt: skip
 def test_credentials_in_an_address_are_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(InputError, match="credentials do not belong in a URI") as refused:
         Store(uri)
     assert "hush" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("abfs://container@account.dfs.core.windows.net/run", "container@account.dfs.core.windows.net"),
+        ("hdfs://user@host:8020/run", "user@host:8020"),
+        ("gs://anonymous@bucket/run", "anonymous@bucket"),
+    ],
+)
+def test_what_stands_before_the_at_may_be_no_credential(uri: str, place: str) -> None:
+    """Only parsed: no such server is here."""
+    parts = _checked(uri)
+    assert (parts.netloc, parts.path) == (place, "/run")
+
+
+def test_an_anonymous_user_is_no_part_of_the_bucket() -> None:
+    files, path = _connect("s3://anonymous@Bucket/a%20run?region=x")
+    assert path == "Bucket/a run"
+    assert files.equals(_connect("s3://Bucket/a%20run?region=x&anonymous=true")[0])
 
 
 def test_a_missing_bucket_is_named(s3_server: S3) -> None:
