@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from typing import Any
 from jpo_ray.cluster.resources import await_most, await_resources, count_fitting, on_this_node, worker_resources
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.engine.checkpoints import fetch_checkpoints
+from jpo_ray.engine.loop import SKIPPED_BATCH
 from jpo_ray.errors import InputError
 from jpo_ray.files import hash_file
+from jpo_ray.store import StoreError
 from jpo_ray.stored import origins, place_of, pull, push
 
 POLL_S = 0.3
@@ -90,6 +93,8 @@ def run_training(
             failed = _fit(ray, config, stage, work, out, storage, board, controllers, wanted, workers)
             result, input_error = ray.get(board.outcome.remote())
             if input_error:
+                with suppress(InputError, StoreError):  # the items of skipped steps, which the message speaks of
+                    pull(out)
                 raise InputError(input_error)
             if failed is None:
                 break
@@ -100,6 +105,7 @@ def run_training(
         shower.join()
         shutil.rmtree(storage, ignore_errors=True)
     fetch_checkpoints(out)
+    (out / SKIPPED_BATCH).unlink(missing_ok=True)  # of an attempt before, where rank 0 is elsewhere now
     pull(out)
     return result
 

@@ -23,7 +23,8 @@ from jpo_ray.engine.sharding import whole
 from jpo_ray.engine.step import rank_and_world, trainable
 from jpo_ray.engine.tracking import Tracking, Write, tracked
 from jpo_ray.errors import InputError
-from jpo_ray.files import write_json
+from jpo_ray.files import hash_file, write_json
+from jpo_ray.stored import push
 
 Metrics = dict[str, float]
 SKIPPED_ITEMS_SHOWN = 8
@@ -137,6 +138,8 @@ def _count_skipped(
     step, items = state["global_step"], list(task.items(state["global_step"] - 1))
     if rank_and_world()[0] == 0:
         write_json(out / SKIPPED_BATCH, {"step": step, "items": items})
+        push(out, {SKIPPED_BATCH: hash_file(out / SKIPPED_BATCH)})
+    _barrier()  # the first rank that raises ends the others
     shown = ", ".join(items[:SKIPPED_ITEMS_SHOWN])
     more = f" and {len(items) - SKIPPED_ITEMS_SHOWN} more" if len(items) > SKIPPED_ITEMS_SHOWN else ""
     raise InputError(

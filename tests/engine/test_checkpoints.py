@@ -15,6 +15,7 @@ import pytest
 import torch
 from disks import small_disk
 from peft import PeftModel
+from s3 import S3
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,6 +31,8 @@ from jpo_ray.engine.step import trainable
 from jpo_ray.engine.tasks import preference_task
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
+from jpo_ray.runs import RunDir
+from jpo_ray.stored import pull
 
 RECIPES: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -362,6 +365,22 @@ def test_too_many_in_a_row_stop_training_and_name_the_items(world: World, tmp_pa
     assert newest.name == "checkpoint-4"
     weights = load_file(newest / "adapter_model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_their_items_are_on_the_store_too(
+    world: World, s3_server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the driver has them where rank 0 is on another machine."""
+    monkeypatch.setenv("JPO_CACHE", str(tmp_path))
+    out = RunDir(s3_server.uri()).root / ".building" / "train-x"
+    out.mkdir(parents=True)
+    recipe = recipe_of("lora").model_copy(update={"max_skipped_steps": 1})
+    with pytest.raises(InputError, match=r"all of them: skipped_batch\.json there"):
+        spoiled_run(world, recipe, out, {0}, "loss")
+    written = read_json(out / "skipped_batch.json")
+    shutil.rmtree(out)
+    assert list(pull(out)) == ["skipped_batch.json"]
+    assert read_json(out / "skipped_batch.json") == written
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(
