@@ -191,7 +191,7 @@ class RunDir:
             old = self.root / ".building" / f"old-{secrets.token_hex(4)}"
             target.rename(old)
             built.rename(target)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # a training beside this one may delete it too
         else:
             built.rename(target)
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import threading
 import time
@@ -119,6 +120,21 @@ def test_what_a_killed_replacement_left_is_removed(run: RunDir) -> None:
     (run.root / ".building" / "old-0123abcd").mkdir(parents=True)
     run.build("items", inputs={}, config={}, make=lambda out: {"made": str(out)})
     assert list((run.root / ".building").iterdir()) == []
+
+
+def test_a_build_beside_this_one_may_delete_what_this_one_replaced(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(run, "old", x=1)
+    rmtree = shutil.rmtree
+
+    def second(path: Path, **options: Any) -> None:
+        rmtree(path)
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", second)
+    assert build(run, "new", x=2)
+    assert (run.path("items") / "data.txt").read_text() == "new"
 
 
 def test_artifacts_whose_names_begin_alike_are_apart(run: RunDir) -> None:
