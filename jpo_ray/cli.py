@@ -7,17 +7,15 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
+from jpo_ray.cli_commands import OWN_COMMANDS, require_lasting
 from jpo_ray.cli_parser import ADD_FILES, build_parser
 from jpo_ray.errors import InputError
 from jpo_ray.runs import run_root
 from jpo_ray.stopping import sigterm_stops
-from jpo_ray.store import is_uri
 
 ERROR_LOG = "error.log"
-JOBS_COPY = "working_dir_files"  # a folder of Ray's, below which jobs run
 
 
 def run_command(arguments: argparse.Namespace) -> int | None:
@@ -34,11 +32,7 @@ def run_command(arguments: argparse.Namespace) -> int | None:
 
     path = _demo_config() if arguments.command == "demo" else arguments.config
     config = load_config(path, arguments.overrides)
-    if not (is_uri(arguments.run_dir) or Path(arguments.run_dir).is_absolute()) and JOBS_COPY in Path.cwd().parts:
-        raise InputError(
-            f"--run-dir {arguments.run_dir}: would end with the job, in Ray's copy of the working directory; name the "
-            "whole path of a folder that all nodes see, or a URI"
-        )
+    require_lasting(arguments.run_dir)
     from jpo_ray.pipeline import STAGES, dry_run_judge, run_stages
 
     if arguments.command == "judge" and arguments.dry_run:
@@ -49,139 +43,6 @@ def run_command(arguments: argparse.Namespace) -> int | None:
     if arguments.command in ("run", "demo"):
         (run_root(arguments.run_dir) / ERROR_LOG).unlink(missing_ok=True)  # of an attempt that this one made good
     return None
-
-
-def _analyze(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from jpo_ray.pipeline.analyze import analyze
-
-    source = arguments.run_dir or arguments.pairs
-    if arguments.out is None and (arguments.run_dir is None or is_uri(source)):
-        raise InputError("analyze: --pairs and a run on an object store need --out, a folder for the page")
-    out = arguments.out or arguments.run_dir / "analysis"
-    analyze(source, arguments.judgments, out, arguments.people, arguments.list, Console())
-
-
-def _annotate(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from jpo_ray.annotation.serve import annotate, export_folder
-    from jpo_ray.pipeline.annotate import comparisons_to_annotate
-
-    if arguments.export:
-        export_folder(arguments.out, Console())
-        return
-    if arguments.limit is not None and arguments.limit < 1:
-        raise InputError(f"--limit {arguments.limit}: at least one comparison is needed")
-    annotate(
-        comparisons_to_annotate(arguments.pairs, arguments.run_dir, arguments.limit),
-        arguments.out,
-        arguments.annotators,
-        per_comparison=arguments.per_comparison,
-        host=arguments.host,
-        port=arguments.port,
-        guidelines=arguments.guidelines,
-        release_after_hours=arguments.release_after,
-        console=Console(),
-    )
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from jpo_ray.pipeline.export import export_model, push_to_hub, require_token
-
-    if arguments.push_to_hub:
-        require_token(arguments.push_to_hub)
-    console, out = Console(), arguments.out
-    export_model(
-        arguments.run_dir, arguments.model, out, console, adapter=arguments.adapter, base=arguments.base
-    )  # fmt: skip
-    if arguments.push_to_hub:
-        push_to_hub(out, arguments.push_to_hub, console, public=arguments.public)
-
-
-def _serve(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from jpo_ray.config_serve import load_serve_config
-    from jpo_ray.serving.run import serve_run
-
-    serve_run(load_serve_config(arguments.config, arguments.overrides, arguments.run_dir), Console())
-
-
-def _scale(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from jpo_ray.config_experiment import load_experiment
-    from jpo_ray.pipeline.scale import scale
-
-    if is_uri(arguments.run_dir):
-        raise InputError(f"--run-dir {arguments.run_dir}: `jpo scale` needs a folder; object stores take single runs")
-    experiment = load_experiment(arguments.experiment, arguments.overrides)
-    scale(experiment, arguments.run_dir, arguments.experiment.stem, Console())
-
-
-def _alpaca_eval(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from jpo_ray.pipeline.alpaca import export_outputs, import_annotations
-
-    if (arguments.action == "import") != bool(arguments.annotations):
-        needs = "needs the files of annotations" if arguments.action == "import" else "takes no files"
-        raise InputError(f"alpaca-eval {arguments.action}: {needs}")
-    if arguments.action == "export":
-        export_outputs(arguments.run_dir, arguments.out, Console())
-    else:
-        import_annotations(arguments.run_dir, arguments.annotations, arguments.out, Console())
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    from jpo_ray.config_file import load_config
-    from jpo_ray.pipeline.plan import make_plan
-    from jpo_ray.planning.show import plan_lines
-
-    config = load_config(arguments.config, arguments.overrides)
-    plan = make_plan(config, run_root(arguments.run_dir) if arguments.run_dir else None)
-    if arguments.json:
-        import json
-
-        text = json.dumps(plan.as_dict(), indent=2)
-    else:
-        text = "\n".join(plan_lines(plan, str(arguments.config)))
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # whoever reads has read enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from jpo_ray.cluster.submission import submit
-
-    def say(text: str) -> None:
-        print(text, end="", flush=True)
-
-    return submit(
-        arguments.address,
-        arguments.entrypoint,
-        arguments.runtime_env,
-        arguments.working_dir,
-        say,
-        wait=not arguments.no_wait,
-    )
-
-
-OWN_COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "plan": _plan,
-    "analyze": _analyze,
-    "annotate": _annotate,
-    "export": _export,
-    "serve": _serve,
-    "scale": _scale,
-    "submit": _submit,
-    "alpaca-eval": _alpaca_eval,
-}
 
 
 def _works_on_files(arguments: argparse.Namespace) -> bool:

@@ -1,4 +1,4 @@
-"""The command line of `jpo`: its commands and their flags. What they do is in `cli.py`."""
+"""The command line of `jpo`: its commands and their flags. What they do is in `cli.py` and `cli_commands.py`."""
 
 import argparse
 from pathlib import Path

@@ -27,7 +27,7 @@ ROWS = [
     ["cluster"],
     ["serving"],
     ["pipeline"],
-    ["cli_parser"],
+    ["cli_parser", "cli_commands"],
     ["cli"],
     ["jobs", "serve"],
 ]

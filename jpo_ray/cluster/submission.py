@@ -12,7 +12,9 @@ from typing import Any
 
 from jpo_ray.errors import InputError
 
-SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+# Words between underscores, by their ends: OPENAI_API_KEY and PGPASSWORD, but not TOKENIZERS_PARALLELISM.
+SECRET = re.compile(r"(key|token|secret|passwd|password|passphrase|credential)s?(?![a-z])", re.IGNORECASE)
+NAMES_A_FILE = re.compile(r"_(path|file)$", re.IGNORECASE)
 SHOWN = 3  # of the largest entries of a folder that is too large
 MIB = 2**20
 Say = Callable[[str], Any]  # takes text as it is, line ends included
@@ -56,7 +58,7 @@ def read_runtime_env(path: Path | None) -> dict[str, Any]:
 
     found = read_yaml(path, "--runtime-env")
     for name in found.get("env_vars") or {}:
-        if SECRET.search(name):
+        if SECRET.search(name) and not NAMES_A_FILE.search(name):
             raise InputError(
                 f"{path}: env_vars.{name}: the dashboard shows a job's environment to everybody; set it on the nodes, "
                 "where they are started"

@@ -69,7 +69,9 @@ def test_a_checkout_sends_what_jobs_need_and_little_more() -> None:
     assert sum(sizes.values()) < 20 * MIB
 
 
-@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "HF_TOKEN", "aws_secret_access_key", "DB_PASSWORD"])
+@pytest.mark.parametrize(
+    "name", ["OPENAI_API_KEY", "HF_TOKEN", "aws_secret_access_key", "PGPASSWORD", "AWS_ACCESS_KEY_ID"]
+)
 def test_secrets_are_refused_in_a_runtime_environment(tmp_path: Path, name: str) -> None:
     path = tmp_path / "env.yaml"
     path.write_text(yaml.safe_dump({"env_vars": {"JPO_CACHE": "/shared", name: "abc"}}))
@@ -78,6 +80,13 @@ def test_secrets_are_refused_in_a_runtime_environment(tmp_path: Path, name: str)
     ) as e:
         read_runtime_env(path)
     assert "abc" not in str(e.value)
+
+
+def test_names_that_only_look_like_secrets_are_sent(tmp_path: Path) -> None:
+    path = tmp_path / "env.yaml"
+    names = ["TOKENIZERS_PARALLELISM", "RAY_AUTH_TOKEN_PATH", "AWS_WEB_IDENTITY_TOKEN_FILE", "KEYBOARD", "JPO_CACHE"]
+    path.write_text(yaml.safe_dump({"env_vars": dict.fromkeys(names, "abc")}))
+    assert read_runtime_env(path)["env_vars"].keys() == set(names)
 
 
 def submit(nodes: Nodes, *command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -103,6 +112,9 @@ def test_a_run_directory_in_the_jobs_copy_is_refused(
     monkeypatch.chdir(inside)
     config = REPOSITORY / "configs" / "sandbox.yaml"
     assert main(["items", "--config", str(config), "--run-dir", "runs/x"]) == 2
+    assert capsys.readouterr().err.startswith("jpo: --run-dir runs/x: would end with the job")
+    experiment = REPOSITORY / "configs" / "experiments" / "bands.yaml"
+    assert main(["scale", "--experiment", str(experiment), "--run-dir", "runs/x"]) == 2
     assert capsys.readouterr().err.startswith("jpo: --run-dir runs/x: would end with the job")
     assert list(inside.iterdir()) == []
 
