@@ -227,7 +227,7 @@ def _sampler(memory: Memory, base: Row, root: Path, entry: Any) -> Iterator[Row]
         files = shards.files_of(root / "judge" / "preferences.parquet")
         count = shards.row_count(root / "judge" / "preferences.parquet")
         with _measured(memory, row, count):
-            used = shards.distinct(files, ["chosen", "rejected"])
+            used = shards.distinct_values(files, ["chosen", "rejected"])
             train, validation = read_edges(files, used, config)
             tokens: Any = SimpleNamespace(lengths=np.full(len(table), 100), prompt_groups=None)
             data = PreferenceData(tokens, None, len(table), train, validation)

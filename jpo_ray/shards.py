@@ -84,7 +84,7 @@ def kinds_of_all(paths: Iterable[Path]) -> Counter[Kind]:
     return sum(map(kinds_of, paths), Counter[Kind]())
 
 
-def distinct(paths: Iterable[Path], columns: Sequence[str]) -> pa.Array:
+def distinct_values(paths: Iterable[Path], columns: Sequence[str]) -> pa.Array:
     """The distinct values of some columns of strings together, in order of appearance, file by file."""
     seen = pa.array([], pa.string())
     for path in paths:

@@ -30,7 +30,7 @@ def test_a_folder_of_shards_reads_like_one_file(tmp_path: Path) -> None:
             ("train", "conditional"): 2, ("train", "joint"): 3,
             ("validation", "conditional"): 2, ("validation", "joint"): 1,
         }  # fmt: skip
-        assert sorted(shards.distinct(shards.files_of(path), ["item_a", "item_b"]).to_pylist()) == [
+        assert sorted(shards.distinct_values(shards.files_of(path), ["item_a", "item_b"]).to_pylist()) == [
             "a0", "a1", "a2", "b0", "b1", "b2", "b3", "b4",
         ]  # fmt: skip
     assert shards.shard_names(one) == [None]

@@ -245,14 +245,14 @@ def _on_actors(cluster: Cluster, start: Callable[[Any], Sequence[Any]], timeout_
         if not actors:
             actors.extend(start(cluster.ray()))
             cluster.stack.callback(_stop, cluster.ray(), actors)
-            starting = [_within(START_S, actor.ready.remote(), "an engine to start") for actor in actors]
+            starting = [_awaited(START_S, actor.ready.remote(), "an engine to start") for actor in actors]
             for wrong in await asyncio.gather(*starting):
                 if wrong:
                     raise InputError(f"judge: {wrong}")
         turns = itertools.cycle(actors)
 
         async def ask(messages: Messages) -> Outcome:
-            outcome: Outcome = await _within(timeout_s, next(turns).ask.remote(messages), "an answer")
+            outcome: Outcome = await _awaited(timeout_s, next(turns).ask.remote(messages), "an answer")
             return outcome
 
         yield ask
@@ -260,7 +260,7 @@ def _on_actors(cluster: Cluster, start: Callable[[Any], Sequence[Any]], timeout_
     return model
 
 
-async def _within(timeout_s: float | None, reference: Any, what: str) -> Any:
+async def _awaited(timeout_s: float | None, reference: Any, what: str) -> Any:
     try:
         return await asyncio.wait_for(reference, timeout_s)
     except TimeoutError:

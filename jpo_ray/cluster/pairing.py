@@ -299,18 +299,26 @@ def too_few(problem: JointProblem, count: int, *, exact: bool = True, complete: 
 
 
 def near_duplicates(
-    ray: Any, vectors: SharedVectors, rows: Ints, columns: Ints, config: JointPairs, keep: int, seed: int, bar: Any
+    ray: Any,
+    vectors: SharedVectors,
+    rows: Ints,
+    columns: Ints,
+    config: JointPairs,
+    keep: int,
+    seed: int,
+    bar: Any,
+    timeout_s: float = TIMEOUT_S,
 ) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
     """Pairs of instructions (numbers into `vectors`), one of `rows` and one of `columns`, in the band of `config`.
 
     First and second int64[K], and the cosine. Of each row only the nearest `keep` are looked at: a crowd of copies is
-    linked, not listed pair by pair.
+    linked, not listed pair by pair. Raises `TimeoutError` where a task's pairs take longer than `timeout_s`.
     """
     if not len(rows) or not len(columns):
         return rows[:0], rows[:0], np.empty(0, np.float32)
     left, right = (Side(some.astype(np.uint64), some) for some in (rows, columns))
     problem = JointProblem(left, right, vectors, config, budget=0, seed=seed)
     search = problem.search(min(keep, len(columns)))
-    tiles = Tiles(ray, left, right, vectors, bar)
+    tiles = Tiles(ray, left, right, vectors, bar, timeout_s=timeout_s)
     found = tiles.run(make_plan(tiles, problem, search)[0](np.arange(len(rows))), search)
     return rows[found.row], columns[found.column], found.similarity

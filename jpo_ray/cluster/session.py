@@ -18,6 +18,7 @@ from jpo_ray.stored import origins
 
 Row = TypeVar("Row")
 READ_AHEAD = 64  # results that wait for whoever asked for them
+LARGE_AHEAD = 2  # of those that may take hundreds of megabytes each
 
 # Set before Ray starts, unless the user did.
 ENVIRONMENT = {
@@ -126,14 +127,14 @@ def map_on_actors(
     yield from within(mapped.iter_rows(), config.actor_timeout_s, stage, "cluster.actor_timeout_s")
 
 
-def within(found: Iterator[Row], timeout_s: float, stage: str, key: str) -> Iterator[Row]:
+def within(found: Iterator[Row], timeout_s: float, stage: str, key: str, ahead: int = READ_AHEAD) -> Iterator[Row]:
     """Pass `found` on; raise `TimeoutError` where the next one takes longer than `timeout_s`, which the config calls
-    `key`.
+    `key`. At most `ahead` are asked for, in a thread of its own, beyond the one that comes next.
 
     Ray starts a dead actor again, but waits for ever for one that hangs.
     """
     waiting: queue.Queue[Row | BaseException | None] = queue.Queue()
-    room, ended = threading.Semaphore(READ_AHEAD), threading.Event()
+    room, ended = threading.Semaphore(ahead), threading.Event()
 
     def pump() -> None:
         try:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from jpo_ray.cluster.pairing import JointProblem, check_limits, make_plan, too_few
-from jpo_ray.cluster.shards import in_order
+from jpo_ray.cluster.shards import map_shards
 from jpo_ray.cluster.tiles import Tiles
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.pairs import spread
 from jpo_ray.pairs.selection import candidates_per_row
 from jpo_ray.pairs.sides import Ints
@@ -20,7 +21,14 @@ TileOf = Callable[[Ints, Ints], Ints]
 
 
 def spread_pairs(
-    ray: Any, problem: JointProblem, bar: Any, parts: Path, spool: Path, tile_of: TileOf, tiles: int
+    ray: Any,
+    cluster: ClusterConfig,
+    problem: JointProblem,
+    bar: Any,
+    parts: Path,
+    spool: Path,
+    tile_of: TileOf,
+    tiles: int,
 ) -> tuple[Spool, End | None, dict[str, Any]]:
     """Where the candidates of each tile are, where the choice among them ends (`spread.taken` gives a tile's pairs),
     and what to tell about it. The same pairs as `joint_pairs` chooses; see `can_spread` for what cannot be.
@@ -39,7 +47,7 @@ def spread_pairs(
             kept.add(tile_of(some.row.astype(np.int64), some.column.astype(np.int64)), spread.ranked(some))
             full |= bool((np.bincount(some.row) == keep).any())
         each = ((part, problem.symmetric) for part in kept.each(tiles))
-        counts = spread.summed(in_order(ray, _counts, each))
+        counts = spread.summed(map_shards(ray, cluster, "pairs", _counts, each))
         if counts.sum() >= budget or not full or keep == len(columns):
             break
         keep = min(2 * keep, len(columns))  # the band leaves too few of them: longer lists
@@ -49,7 +57,8 @@ def spread_pairs(
         return kept, None, notes
     rank, of_it = spread.last_rank(counts, budget)
     each_of_rank = ((part, rank, problem.symmetric) for part in kept.each(tiles))
-    return kept, spread.end_of(rank, of_it, list(in_order(ray, _of_rank, each_of_rank))), notes
+    ends = list(map_shards(ray, cluster, "pairs", _of_rank, each_of_rank))
+    return kept, spread.end_of(rank, of_it, ends), notes
 
 
 def spreads(problem: JointProblem) -> bool:

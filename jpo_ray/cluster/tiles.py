@@ -105,10 +105,10 @@ class Tiles:
         self._bar.begin(plan.tasks)
         self._bar.advance(len(kept))
         left = [task for task in range(plan.tasks) if task not in kept]
-        from jpo_ray.cluster.session import within  # not above: workers need none of it
+        from jpo_ray.cluster.session import LARGE_AHEAD, within  # not above: workers need none of it
 
         tasks = _tasks_on_ray(self._ray, sides, self._vectors, plan, left, search)
-        for task, found in within(tasks, self._timeout_s, "pairs", "cluster.actor_timeout_s"):
+        for task, found in within(tasks, self._timeout_s, "pairs", "cluster.actor_timeout_s", LARGE_AHEAD):
             if self._folder is None:
                 done[task] = found
             else:

@@ -120,7 +120,7 @@ def load_preferences(
     """Items, edges and what the objective reads besides. Raises `InputError` where an artifact lacks any of it."""
     items = records.read_table(inputs.items / "items.parquet", records.ITEMS).to_pylist()
     files = shards.files_of(inputs.judge / "preferences.parquet")
-    used = set(shards.distinct(files, ["chosen", "rejected"]).to_pylist())
+    used = set(shards.distinct_values(files, ["chosen", "rejected"]).to_pylist())
     rows = [row for row in items if row["item_id"] in used]
     row_of = {row["item_id"]: number for number, row in enumerate(rows)}
     train_edges, validation_edges = read_edges(files, pa.array(list(row_of), pa.string()), config)

@@ -66,6 +66,19 @@ def _subset(data: PreferenceData, edges: EdgeList, limit: int, rng: np.random.Ge
     return np.flatnonzero(np.isin(list_of, order[:fitting]))
 
 
+def count_steps(sizes: Sequence[int], config: TrainConfig) -> int:
+    """Steps of a training on shards of so many edges each, where batches need not be cut to count them."""
+    limit = config.max_train_comparisons
+    if limit is not None and limit < sum(sizes):
+        _, sizes = _shares(sizes, limit)
+    return batches.total_steps(sum(_steps_per_epoch(sizes, config)), config.num_train_epochs)
+
+
+def _steps_per_epoch(sizes: Sequence[int], config: TrainConfig) -> list[int]:
+    """Of each shard: a batch has edges of one."""
+    return [math.ceil(size / config.comparisons_per_step) for size in sizes]
+
+
 class EdgeSchedule:
     """Which edges each step sees: shard after shard, in an order of each epoch's, batches of one shard's edges."""
 
@@ -77,7 +90,7 @@ class EdgeSchedule:
             some = edges[part]
             return _batch_maker(data, some, config)(some.chosen, some.rejected, limits, seed, epoch)
 
-        fixed = [math.ceil(size / limits.comparisons) for size in edges.sizes] if config.counts_steps else None
+        fixed = _steps_per_epoch(edges.sizes, config) if config.counts_steps else None
         self._schedule = Schedule(part_batches, config.num_train_epochs, fixed, parts=len(edges.sizes), seed=seed)
         self.steps_per_epoch, self.total_steps = self._schedule.steps_per_epoch, self._schedule.total_steps
 

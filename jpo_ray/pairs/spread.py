@@ -41,7 +41,7 @@ def ranked(found: Candidates) -> dict[str, npt.NDArray[np.generic]]:
     return columns | {"rank": rank_in_run(found.row)}
 
 
-def distinct(rows: Rows, *, symmetric: bool) -> Rows:
+def _distinct_pairs(rows: Rows, *, symmetric: bool) -> Rows:
     """A tile's candidates in the order in which they are taken, each pair once."""
     rows = rows[np.lexsort((rows["row"], rows["order"], rows["rank"]))]
     ends = rows["row"].astype(np.int64), rows["column"].astype(np.int64)
@@ -53,12 +53,12 @@ def distinct(rows: Rows, *, symmetric: bool) -> Rows:
 
 
 def count_by_rank(rows: Rows, *, symmetric: bool) -> Ints:
-    return np.bincount(distinct(rows, symmetric=symmetric)["rank"])
+    return np.bincount(_distinct_pairs(rows, symmetric=symmetric)["rank"])
 
 
 def of_rank(rows: Rows, rank: int, *, symmetric: bool) -> Found:
     """Priorities and rows of a tile's distinct pairs of one rank."""
-    some = distinct(rows, symmetric=symmetric)
+    some = _distinct_pairs(rows, symmetric=symmetric)
     some = some[some["rank"] == rank]
     return some["order"], some["row"]
 
@@ -88,7 +88,7 @@ def end_of(rank: int, taken: int, found: Sequence[Found]) -> End:
 
 def taken(rows: Rows, end: End | None, *, symmetric: bool) -> Rows:
     """A tile's chosen pairs, in order; `end` None: all of them."""
-    rows = distinct(rows, symmetric=symmetric)
+    rows = _distinct_pairs(rows, symmetric=symmetric)
     if end is None:
         return rows
     before = rows["rank"] < end.rank

@@ -30,13 +30,17 @@ class Tiling:
         return self.count if self.grouped else int(((8 * self.count + 1) ** 0.5 - 1) / 2)
 
     def of_joint(self, first: Ints, second: Ints) -> Ints:
-        """The tile of pairs of items, int64[E]."""
+        """The tile of pairs of items, int64[E], whichever of the two comes first.
+
+        Where blocks are tiles a pair of two groups, which only a label can ask for, is in the tile of one of them.
+        """
         if self.grouped:
-            return self.block[first]
+            of_group: Ints = self.block[np.minimum(first, second)]
+            return of_group
         return self._tile(self.block[first], self.block[second])
 
     def of_beside(self, first: Ints) -> Ints:
-        """The tile of pairs that come beside the chosen joint ones, by their first item, int64[E].
+        """The tile of conditional pairs, which come beside the joint ones, by their first item, int64[E].
 
         Those of an instruction stay together, and every tile of its block has as many of them.
         """

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jpo_ray import records, shards
+from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.feedback.annotators import Annotator
 from jpo_ray.feedback.by_scores import ByScores, Scores, judge_by_scores
 from jpo_ray.feedback.judge import comparisons, preferences, texts_of
@@ -65,17 +66,26 @@ def judged(pairs: pa.Table, judgments: pa.Table) -> Judged:
 
 
 def judge_shards(
-    ray: Callable[[], Any], annotator: Annotator, pairs: Path, items: pa.Table, out: Path, bar: Bar
+    ray: Callable[[], Any],
+    cluster: ClusterConfig,
+    annotator: Annotator,
+    pairs: Path,
+    items: pa.Table,
+    out: Path,
+    bar: Bar,
 ) -> Sums:
     """Judge all pairs of a table, and write judgments and preferences in shards of the same names.
 
     An annotator that decides by scores gets each item once; where there are several shards, their comparisons follow
-    in Ray tasks. Others are asked from here.
+    in Ray tasks, for which `cluster` is `judge`'s. Others are asked from here.
     """
     files, names = shards.files_of(pairs), shards.shard_names(pairs)
     bar.begin(shards.row_count(pairs))
-    used = items.filter(pc.is_in(items["item_id"], value_set=shards.distinct(files, ["item_a", "item_b"])))
-    found = _scored(ray, annotator, files, used, bar) if annotator.by_scores else _asked(annotator, files, used, bar)
+    used = items.filter(pc.is_in(items["item_id"], value_set=shards.distinct_values(files, ["item_a", "item_b"])))
+    if annotator.by_scores:
+        found = _scored(ray, cluster, annotator, files, used, bar)
+    else:
+        found = _asked(annotator, files, used, bar)
     sums = Sums()
     for name, of_shard in zip(names, found, strict=True):
         write_judged(out, name, of_shard)
@@ -129,7 +139,12 @@ def ask(annotator: Annotator, pairs: pa.Table, texts: Mapping[str, tuple[str, st
 
 
 def _scored(
-    ray: Callable[[], Any], annotator: Annotator, files: Sequence[Path], items: pa.Table, bar: Bar
+    ray: Callable[[], Any],
+    cluster: ClusterConfig,
+    annotator: Annotator,
+    files: Sequence[Path],
+    items: pa.Table,
+    bar: Bar,
 ) -> Iterator[Judged]:
     assert annotator.score_items is not None
     assert annotator.by_scores is not None
@@ -143,9 +158,9 @@ def _scored(
     if len(files) == 1:
         found: Iterator[Judged] = (by_scores(scores, annotator.by_scores, *each) for each in arguments)
     else:
-        from jpo_ray.cluster.shards import in_order
+        from jpo_ray.cluster.shards import map_shards
 
-        found = in_order(ray(), by_scores, arguments, scores, annotator.by_scores)
+        found = map_shards(ray(), cluster, "judge", by_scores, arguments, scores, annotator.by_scores)
     yield from found
     bar.to(whole)
 

@@ -111,7 +111,7 @@ def _judged(
         run_annotator(context, config, seed) as annotator,
         progress_bar(context.console, f"judging comparisons{of}") as bar,
     ):
-        return judge_shards(context.ray, annotator, pairs, items, out, bar)
+        return judge_shards(context.ray, context.cluster("judge"), annotator, pairs, items, out, bar)
 
 
 def _in_rounds(context: Context, pairs: Path, items: pa.Table, out: Path) -> Sums:

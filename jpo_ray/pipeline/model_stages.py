@@ -1,6 +1,5 @@
 """The stages that make models: sft, reference, train."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -228,15 +227,14 @@ def _to_go_on_from(context: Context, entry: TrainConfig) -> str:
 
 
 def _steps_of(context: Context, entry: TrainConfig) -> int:
-    """Steps of another entry, from its epochs and the number of its comparisons."""
-    from jpo_ray.engine.batches import total_steps
+    """Steps of another entry, from its epochs and the number of its comparisons in each shard."""
+    from jpo_ray.engine.schedules import count_steps
 
-    kinds = shards.kinds_of_all(shards.files_of(context.path("judge") / "preferences.parquet"))
-    count = sum(kinds["train", protocol] for protocol in entry.protocols)
-    if not count:
+    kinds = map(shards.kinds_of, shards.files_of(context.path("judge") / "preferences.parquet"))
+    sizes = [sum(of_shard["train", protocol] for protocol in entry.protocols) for of_shard in kinds]
+    if not any(sizes):
         raise InputError(f"train.{entry.name}: no decisive {' or '.join(entry.protocols)} preferences to train on")
-    per_epoch = math.ceil(min(count, entry.max_train_comparisons or count) / entry.comparisons_per_step)
-    return total_steps(per_epoch, entry.num_train_epochs)
+    return count_steps([size for size in sizes if size], entry)
 
 
 def _model_slice(context: Context, *without: str) -> dict[str, Any]:

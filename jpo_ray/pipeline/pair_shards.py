@@ -132,7 +132,8 @@ def _choose(
     pairs.add(tiling.of_beside(first), _columns(first, second, np.ones(len(first)), CONDITIONAL))
     if shared:
         similarity = _cosines(shared.array, here.vector_row[labelled[0]], here.vector_row[labelled[1]])
-        pairs.add(tiling.of_beside(labelled[0]), _columns(*labelled, similarity, LABELLED))
+        # Where a chosen pair of the same items would be: a tile has each pair once.
+        pairs.add(tiling.of_joint(*labelled), _columns(*labelled, similarity, LABELLED))
     strategy = joint.strategy if joint else ""
     found, notes = Chosen(tiling, pairs, strategy), dict[str, Any]()
     if problem and wish:
@@ -155,7 +156,7 @@ def _choose_joint(
     with progress_bar(context.console, f"candidate pairs ({here.split})") as bar:
         if tiling.count > 1 and spreads(problem):
             candidates, end, notes = spread_pairs(
-                ray, problem, bar, work / "parts", work / "candidates",
+                ray, context.cluster("pairs"), problem, bar, work / "parts", work / "candidates",
                 lambda row, column: tiling.of_joint(rows[row], columns[column]), tiling.count,
             )  # fmt: skip
             return Chosen(tiling, found.pairs, found.strategy, candidates, end, rows, columns), notes
@@ -199,9 +200,9 @@ def _tiling(here: SplitItems, problem: "JointProblem | None", pairs: int, seed: 
     if problem is not None and problem.rows.groups is not None and problem.columns.groups is not None:
         groups = np.zeros(len(here.items), dtype=np.int64)
         all_keys = pa.array(item_keys(here.ids.to_pylist()))
-        for keys, of_side in ((side.keys, side.groups) for side in (problem.rows, problem.columns)):
-            assert of_side is not None
-            groups[pc.index_in(pa.array(keys), value_set=all_keys).to_numpy()] = of_side
+        for side in (problem.rows, problem.columns):
+            assert side.groups is not None
+            groups[pc.index_in(pa.array(side.keys), value_set=all_keys).to_numpy()] = side.groups
     return make_tiling(here.instructions, keys, wanted, seed, groups)
 
 
@@ -224,13 +225,13 @@ def _write(context: Context, path: Path, splits: Sequence[tuple[PairNames, Chose
         tables = [_pair_table(names, *parts) for names, chosen in splits for parts in _parts(chosen)]
         shards.write_shard(path, pa.concat_tables([records.PAIRS.empty_table(), *tables]), records.PAIRS)
         return shards.kinds_of(path)
-    from jpo_ray.cluster.shards import in_order
+    from jpo_ray.cluster.shards import map_shards
 
-    number = 0
+    ray, cluster, number = context.ray(), context.cluster("pairs"), 0
     for names, chosen in splits:
         with progress_bar(context.console, f"writing pairs ({names.split})") as bar:
             bar.begin(chosen.tiling.count)
-            for content in in_order(context.ray(), _pair_bytes, _parts(chosen), names):
+            for content in map_shards(ray, cluster, "pairs", _pair_bytes, _parts(chosen), names):
                 if content is not None:
                     shards.shard_path(path, shards.numbered_name(number)).write_bytes(content)
                     number += 1

@@ -112,7 +112,7 @@ def _duplicates(context: Context, items: pa.Table, ids: Sequence[str], vectors: 
     shared = share(context.ray_with_a_core(), vectors)
     config, seed = context.config.pairs, context.config.seed
     assert config.near_duplicates is not None
-    above = (config.joint or JointPairs()).approximate_above
+    above, timeout_s = (config.joint or JointPairs()).approximate_above, context.cluster("pairs").actor_timeout_s
     joint = JointPairs(strategy="similar", min_similarity=config.near_duplicates, approximate_above=above)
     split_of = dict(zip(items["instruction_id"].to_pylist(), items["split"].to_pylist(), strict=True))
     of_split = {
@@ -126,7 +126,9 @@ def _duplicates(context: Context, items: pa.Table, ids: Sequence[str], vectors: 
             # One that leaks is enough; within training a crowd of copies is linked and not listed pair by pair.
             within = of_split[split] if split == "train" else of_split[split][:0]
             for columns, keep in ((protected, 1), (within, COPIES)):
-                found = near_duplicates(context.ray(), shared, of_split[split], columns, joint, keep, seed, bar)
+                found = near_duplicates(
+                    context.ray(), shared, of_split[split], columns, joint, keep, seed, bar, timeout_s
+                )
                 for one, other, cosine in zip(*(values.tolist() for values in found), strict=True):
                     a, b = ids[one], ids[other]
                     leaks = columns is protected

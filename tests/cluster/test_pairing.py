@@ -1,6 +1,7 @@
 """Joint pairs: the budget exactly, within the limits, the same whatever the tasks, or an error that says numbers."""
 
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pairs.world import clustered_vectors, side, unit_vectors
 from cluster.running import NoBar
 from jpo_ray.cluster import pairing, tiles
 from jpo_ray.cluster.pairing import JointChoice, JointProblem, joint_pairs, near_duplicates
+from jpo_ray.cluster.session import LARGE_AHEAD
 from jpo_ray.cluster.tiles import SharedVectors, share
 from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
@@ -408,6 +410,31 @@ def test_near_duplicates_are_found_in_both_modes() -> None:
         assert similarity.min() > 0.99
         some = near_duplicates(HERE, share(HERE, copies), every[700:], every[:10], config, 1, 0, NoBar())
         assert list(zip(*(values.tolist() for values in some[:2]), strict=True)) == [(700, 3), (701, 5), (702, 5)]
+
+
+def test_few_tasks_results_wait_to_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be large: beside the one at hand two at most are there."""
+    monkeypatch.setattr(plans, "BLOCK_ROWS", 1)
+    made: list[int] = []
+    waiting: list[int] = []
+
+    def counted(*arguments: Any) -> Iterator[tuple[int, bytes]]:
+        for each in tasks_here(*arguments):
+            made.append(each[0])
+            yield each
+
+    class SlowBar(NoBar):
+        def advance(self, count: int) -> None:
+            if count:
+                time.sleep(0.01)
+                waiting.append(len(made) - len(waiting) - 1)
+
+    monkeypatch.setattr(tiles, "_tasks_on_ray", counted)
+    rows = side(40)
+    problem = JointProblem(rows, rows, share(HERE, unit_vectors(40)), JointPairs(), budget=40, seed=0)
+    joint_pairs(HERE, problem, SlowBar(), tmp_path)
+    assert len(made) == len(waiting) >= 40
+    assert 0 < max(waiting) <= LARGE_AHEAD
 
 
 def test_proxy_pairs_within_groups_that_lack_a_side() -> None:

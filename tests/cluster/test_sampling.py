@@ -13,7 +13,7 @@ from engine.tiny import INSTRUCTIONS, LAYOUT
 
 from cluster.running import CLUSTER
 from jpo_ray.cluster.sampling import _groups, choose_engine, engine_options, generate
-from jpo_ray.cluster.session import READ_AHEAD, within
+from jpo_ray.cluster.session import LARGE_AHEAD, READ_AHEAD, within
 from jpo_ray.config import SampleConfig, TrainConfig
 from jpo_ray.data.tokens import prompt_ids
 from jpo_ray.engine.model import add_lora, load_model, load_tokenizer
@@ -259,7 +259,8 @@ def test_an_engine_that_falls_silent_is_an_error() -> None:
         next(answers)
 
 
-def test_who_stops_listening_ends_what_is_asked() -> None:
+@pytest.mark.parametrize("ahead", [READ_AHEAD, LARGE_AHEAD])
+def test_who_stops_listening_ends_what_is_asked(ahead: int) -> None:
     """Nothing is read far ahead, and the rest is not asked for."""
     asked: list[int] = []
 
@@ -268,11 +269,11 @@ def test_who_stops_listening_ends_what_is_asked() -> None:
             asked.append(number)
             yield number
 
-    numbers = within(counted(), 5, "sample", "sample.timeout_s")
+    numbers = within(counted(), 5, "sample", "sample.timeout_s", ahead)
     assert [next(numbers) for _ in range(3)] == [0, 1, 2]
     numbers.close()  # type: ignore[attr-defined]
     time.sleep(0.1)
-    assert len(asked) <= 3 + READ_AHEAD + 1
+    assert len(asked) <= 3 + ahead + 1
 
 
 def test_an_error_of_the_engine_comes_through() -> None:

@@ -1,18 +1,21 @@
-"""Work on shards, a few at a time: in order, and no more under way than the cluster has cores."""
+"""Work on shards, a few at a time: in order, and few more under way than the cluster has cores."""
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jpo_ray.cluster.shards import in_order
-
-pytestmark = pytest.mark.ray
-
+from jpo_ray.cluster import shards
+from jpo_ray.cluster.session import LARGE_AHEAD
+from jpo_ray.cluster.shards import map_shards
+from jpo_ray.config_cluster import ClusterConfig
 
 # By value: workers cannot import this module.
 scaled = lambda factor, number, name: (factor * number, name)  # noqa: E731
 
 
+@pytest.mark.ray
 def test_results_come_in_order_and_arguments_are_taken_as_they_are_needed(ray_cluster: Any) -> None:
     taken = []
 
@@ -21,11 +24,40 @@ def test_results_come_in_order_and_arguments_are_taken_as_they_are_needed(ray_cl
             taken.append(number)
             yield number, f"shard {number}"
 
-    found = in_order(ray_cluster, scaled, arguments(), 10)
+    found = map_shards(ray_cluster, ClusterConfig(), "judge", scaled, arguments(), 10)
     assert next(found) == (0, "shard 0")
-    assert len(taken) <= int(ray_cluster.cluster_resources()["CPU"])
+    assert len(taken) <= int(ray_cluster.cluster_resources()["CPU"]) + LARGE_AHEAD
     assert list(found) == [(10 * number, f"shard {number}") for number in range(1, 8)]
 
 
+@pytest.mark.ray
 def test_no_shards(ray_cluster: Any) -> None:
-    assert list(in_order(ray_cluster, scaled, [], 10)) == []
+    assert list(map_shards(ray_cluster, ClusterConfig(), "judge", scaled, [], 10)) == []
+
+
+def test_a_shard_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks run where they are waited for. The stage's core is asked for once, before anything is put."""
+    asked: list[Any] = []
+    monkeypatch.setattr(shards, "await_resources", lambda _ray, _config, *wanted: asked.append(wanted))
+    config = ClusterConfig(actor_timeout_s=0.2)
+
+    def work(factor: int, number: int) -> int:
+        if number == 3:
+            time.sleep(2)
+        return factor * number
+
+    found = map_shards(HERE, config, "judge", work, ((number,) for number in range(9)), 10)
+    assert [next(found) for _ in range(3)] == [0, 10, 20]
+    with pytest.raises(TimeoutError, match=r"^judge: nothing came for 0\.2 s \(cluster\.actor_timeout_s\)"):
+        next(found)
+    assert asked == [("judge", [{"CPU": 1.0}])]
+
+
+def _remote(function: Any) -> Any:
+    task = SimpleNamespace(remote=lambda *arguments: lambda: function(*arguments))
+    return SimpleNamespace(options=lambda **_: task)
+
+
+HERE = SimpleNamespace(
+    put=lambda value: value, get=lambda wanted: wanted(), remote=_remote, cluster_resources=lambda: {"CPU": 2}
+)

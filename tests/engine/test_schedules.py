@@ -8,7 +8,14 @@ import pytest
 from engine.tiny import World, config, edges, make_lists, policy_scorer
 from jpo_ray.engine.batches import Limits, lists, pairs, phased
 from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData
-from jpo_ray.engine.schedules import EdgeSchedule, difficulty, lists_of, training_edges, validation_batches
+from jpo_ray.engine.schedules import (
+    EdgeSchedule,
+    count_steps,
+    difficulty,
+    lists_of,
+    training_edges,
+    validation_batches,
+)
 from jpo_ray.engine.tasks import preference_task
 
 
@@ -182,6 +189,14 @@ def test_subsets_take_of_every_shard_its_share(world: World) -> None:
         assert before < found
         before = found
     assert training_edges(data, config(max_train_comparisons=8), seed=5).sizes == [4, 2, 2]
+
+
+@pytest.mark.parametrize(("limit", "epochs"), [(None, 4), (None, 0.5), (8, 1), (12, 2)])
+def test_steps_are_counted_without_the_edges(world: World, limit: int | None, epochs: float) -> None:
+    data = parted(world.data, 6, 9)
+    train = config(comparisons_per_step=4, num_train_epochs=epochs, max_train_comparisons=limit)
+    schedule = EdgeSchedule(data, training_edges(data, train, seed=5), train, seed=0)
+    assert count_steps(data.train.sizes, train) == schedule.total_steps
 
 
 def test_steps_of_shards_whose_batches_must_be_made_to_be_counted(world: World) -> None:

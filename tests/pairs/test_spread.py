@@ -89,6 +89,8 @@ def test_tiles_of_groups() -> None:
     assert (over.count, over.blocks) == (3, 3)
     assert over.of_joint(np.arange(ITEMS), np.arange(ITEMS)).tolist() == np.repeat([0, 1, 2], 20).tolist()
     assert set(over.of_beside(np.arange(ITEMS)).tolist()) <= {0, 1, 2}
+    mirrored = np.arange(ITEMS)[::-1]  # a label may join two groups, from either end
+    assert (over.of_joint(np.arange(ITEMS), mirrored) == over.of_joint(mirrored, np.arange(ITEMS))).all()
 
 
 def test_a_spool_forgets_a_run_that_was_killed(tmp_path: Path) -> None:

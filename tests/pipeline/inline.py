@@ -55,9 +55,10 @@ class Cluster:
         for task in tasks:
             yield task, tiles.encoded(run_task(plan, task, *sides, vectors.array, search))
 
-    def in_order(
-        self, _ray: Any, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *shared: Any
-    ) -> Iterator[Any]:
+    def map_shards(
+        self, _ray: Any, _config: Any, _stage: str, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]],
+        *shared: Any,
+    ) -> Iterator[Any]:  # fmt: skip
         for each in arguments:
             if self.calls[-1:] != ["shards"]:
                 self.calls.append("shards")
@@ -121,7 +122,7 @@ def install(patch: pytest.MonkeyPatch) -> Cluster:
     patch.setattr(resources, "await_resources", lambda *_: None)
     patch.setattr(tiles, "_tasks_on_ray", cluster.tasks)
     for module in (shards, spreading):
-        patch.setattr(module, "in_order", cluster.in_order)
+        patch.setattr(module, "map_shards", cluster.map_shards)
     patch.setattr(policy, "policy_facts", cluster.policy_facts)
     patch.setattr(training, "run_training", cluster.run_training)
     patch.setattr(reference, "_scored", cluster.scored)

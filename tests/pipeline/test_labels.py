@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jpo_ray import records
+from jpo_ray import records, shards
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
 from jpo_ray.pipeline.context import StaleArtifact
@@ -63,6 +63,50 @@ def test_joint_pairs_that_no_label_decides_are_warned_about(tmp_path: Path, clus
         counts = read_json(tmp_path / strategy / "judge" / "manifest.json")["counts"]
         assert ("no joint pair has a verdict" in counts.get("warning", "")) == warned
     assert cluster.calls == ["embed", "tiles"] * 2
+
+
+def test_proxy_pairs_within_groups_where_labels_tie(tmp_path: Path, cluster: Cluster) -> None:
+    """A tied instruction has neither a chosen nor a rejected item, so both sides have fewer items than instructions."""
+    rows = [
+        {"instruction": f"Say {n}.", "response_0": f"It is {n}.", "response_1": f"No {n}.", "feedback": 2 * (n == 0)}
+        for n in range(COUNT)
+    ]
+    path = tmp_path / "ties.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small_config(
+        items={"train": [{"path": str(path)}]}, pairs={"joint": {"strategy": "proxy", "group_size": 4, "budget": 10}},
+        judge={"annotator": "labels"}, sample=None, evaluate=None,
+    )  # fmt: skip
+    run(config, tmp_path / "run", ["items", "pairs"])
+    pairs = records.read_table(tmp_path / "run" / "pairs" / "pairs.parquet", records.PAIRS).to_pylist()
+    assert [row["protocol"] for row in pairs].count("conditional") == COUNT
+    items = records.read_table(tmp_path / "run" / "items" / "items.parquet", records.ITEMS).to_pylist()
+    text_of = {item["item_id"]: item["response"] for item in items}
+    joint = [[text_of[row[end]] for end in ("item_a", "item_b")] for row in pairs if row["protocol"] == "joint"]
+    assert len(joint) == 10
+    assert {"It is 0.", "No 0."}.isdisjoint(text for pair in joint for text in pair)
+    assert all(sum(text.startswith("No") for text in pair) == 1 for pair in joint)
+    assert cluster.calls == ["embed", "tiles"]
+
+
+@pytest.mark.parametrize("joint", [{}, {"max_per_item": 15}, {"group_size": 8, "budget": 56}])
+def test_labelled_pairs_that_are_also_chosen_are_in_one_shard_once(
+    joint: dict[str, int], joint_file: Path, tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All 120 pairs of 16 items, or all 28 in each of two groups, in shards of about 20; 8 of them have labels."""
+    monkeypatch.setattr(shards, "ROWS", 20)
+    config = small_config(
+        items={"train": [{"path": str(joint_file)}]}, pairs={"joint": {"budget": 120} | joint},
+        judge={"annotator": "labels"}, sample=None, evaluate=None,
+    )  # fmt: skip
+    run(config, tmp_path / "run", ["items", "pairs"])
+    assert "shards" in cluster.calls
+    assert len(shards.files_of(tmp_path / "run" / "pairs" / "pairs.parquet")) > 1
+    pairs = records.read_table(tmp_path / "run" / "pairs" / "pairs.parquet", records.PAIRS)
+    assert len(set(pairs["pair_id"].to_pylist())) == len(pairs)
+    assert pairs["strategy"].to_pylist().count("labelled") == COUNT
+    if "group_size" not in joint:
+        assert len(pairs) == 120
 
 
 def test_labels_cannot_judge_samples(joint_file: Path, tmp_path: Path, cluster: Cluster) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from jpo_ray import records
-from jpo_ray.cluster import embedding
+from jpo_ray.cluster import embedding, tiles
 from jpo_ray.config import RunConfig
 from pipeline.inline import Cluster, install, run, small_config
 
@@ -83,3 +85,15 @@ def test_those_that_leak_are_left_out_on_request(tmp_path: Path) -> None:
     assert instructions(tmp_path / "run", "train") == {"Name a fruit.", "NAME A FRUIT.", "Sing."}
     assert instructions(tmp_path / "run", "validation") == set(TEXTS["validation"])
     assert instructions(tmp_path / "run", "test") == set(TEXTS["test"])
+
+
+def test_a_search_for_them_that_hangs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any) -> Iterator[tuple[int, bytes]]:
+        time.sleep(2)
+        yield 0, b""
+
+    monkeypatch.setattr(tiles, "_tasks_on_ray", silent)
+    config = config_for(tmp_path)
+    hasty = config.model_copy(update={"cluster": config.cluster.model_copy(update={"actor_timeout_s": 0.2})})
+    with pytest.raises(TimeoutError, match=r"^pairs: nothing came for 0\.2 s \(cluster\.actor_timeout_s\)"):
+        run(hasty, tmp_path / "run", ["items", "pairs"])

@@ -1,6 +1,7 @@
 """Many comparisons are kept in shards, from pairs to training; few are one file. Both say the same."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -8,8 +9,11 @@ import pyarrow.compute as pc
 import pytest
 
 from jpo_ray import records, shards
+from jpo_ray.config import TrainConfig
+from jpo_ray.errors import InputError
 from jpo_ray.evaluation.run_facts import funnel, joint_similarities
 from jpo_ray.files import read_json
+from jpo_ray.pipeline.model_stages import _steps_of
 from jpo_ray.runs import RunDir
 from pipeline.inline import JPO, LIMITS, Cluster, run, small_config
 
@@ -73,7 +77,7 @@ def test_a_shard_has_items_of_two_blocks_and_its_share_of_conditional_pairs(
         assert {split for split, _ in kinds} == {"train"}
         sizes.append(sum(kinds.values()))
         conditional.append(kinds["train", "conditional"])
-        items = shards.distinct([file], ["item_a", "item_b"])
+        items = shards.distinct_values([file], ["item_a", "item_b"])
         assert len(items) <= 2 * (2 * LIMITS["train"] // 3 + 2)
     assert (sum(sizes), sum(conditional)) == (448, 48)
     assert sum(1 for count in conditional if count) >= 5
@@ -104,3 +108,25 @@ def test_a_run_in_shards_trains_and_closes_its_graph(
     steps = sum(-(-(one["train", "conditional"] + one["train", "joint"]) // 16) for one in sizes)
     assert counts["train/jpo"]["steps"] == steps > trained / 16
     assert cluster.calls[-1] == "train-jpo"
+
+
+def test_steps_like_another_entry_of_shards(tmp_path: Path) -> None:
+    """Shards of 5, 0 and 7 training comparisons: batches of 4 are 2 + 2 and not ceil(12 / 4); 5 of them are 2 + 3."""
+    for number, sizes in enumerate(((5, 2), (0, 3), (7, 0))):
+        kinds = [split for split, size in zip(("train", "validation"), sizes, strict=True) for _ in range(size)]
+        rows = [
+            {"chosen": "a", "rejected": "b", "protocol": "joint", "weight": 1.0, "probability": 1.0, "split": split}
+            for split in kinds
+        ]
+        path = shards.shard_path(tmp_path / "preferences.parquet", shards.numbered_name(number))
+        shards.write_shard(path, pa.Table.from_pylist(rows, records.PREFERENCES), records.PREFERENCES)
+    context: Any = SimpleNamespace(path=lambda _: tmp_path)
+
+    def steps(**options: Any) -> int:
+        return _steps_of(context, TrainConfig(comparisons_per_step=4, **options))
+
+    assert steps(num_train_epochs=3) == 12
+    assert steps(num_train_epochs=0.5) == 2
+    assert steps(num_train_epochs=1, max_train_comparisons=5) == 2
+    with pytest.raises(InputError, match="no decisive conditional preferences to train on"):
+        steps(protocols=["conditional"])
