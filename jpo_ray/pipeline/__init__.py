@@ -126,8 +126,9 @@ def _check_early(context: Context, stages: Sequence[str]) -> None:
         else:
             load_tokenizer(base_model(context)[0])
     if {"sft", "train", "evaluate"} & {*stages}:
-        cluster = context.config.cluster.address or os.environ.get("RAY_ADDRESS")
-        check_trackers(context.config.report_to, here=not cluster)
+        on_workers = context.config.cluster.address or os.environ.get("RAY_ADDRESS")
+        evaluates = "evaluate" in stages and context.config.evaluate is not None  # win rates are sent from here
+        check_trackers(context.config.report_to, here=evaluates or not on_workers)
     sample, evaluate, items = context.config.sample, context.config.evaluate, context.config.items
     if "sample" in stages and sample is not None:
         choose_engine(sample.engine)

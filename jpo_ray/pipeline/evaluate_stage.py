@@ -1,6 +1,7 @@
 """The evaluate stage: samples against gold responses, models against each other, and what training did to policies."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jpo_ray import records, shards
 from jpo_ray.cache import cache_folder
 from jpo_ray.config import EvaluateConfig, RunConfig
 from jpo_ray.config_judge import AnnotatorConfig
-from jpo_ray.engine.tracking import tracked
+from jpo_ray.engine.tracking import tracked, trackers_of
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.tally import invalid_reasons, require_verdicts
 from jpo_ray.files import write_json
@@ -55,8 +56,7 @@ def evaluate_specs(context: Context) -> list[Spec]:
         table = records.write_table(out / "judgments.parquet", rows, records.SAMPLE_JUDGMENTS)
         result = controlled_win_rates(table, samples, golds, config.bootstrap_samples, context.config.seed)
         write_json(out / "win_rates.json", result)
-        for name, entry in result["models"].items():
-            _track(context, name, entry, out.name)
+        _track(context, result["models"], out.name)
         empty = sum(entry["empty"] for entry in result["models"].values())
         return {"judgments": len(rows), "empty responses": empty} | _invalid(rows, warning)
 
@@ -71,15 +71,33 @@ def evaluate_specs(context: Context) -> list[Spec]:
     return specs
 
 
-def _track(context: Context, name: str, found: dict[str, Any], key: str) -> None:
-    """A model's win rates to the trackers, at the step where its training ended."""
+def _track(context: Context, models: Mapping[str, Any], key: str) -> None:
+    """The models' win rates to the trackers; a tracker that fails is said and left out: what was judged stands."""
+    left = trackers_of(context.config.report_to)
+    for name, found in models.items():
+        while left:
+            try:
+                _track_model(context, name, found, key, left)
+                break
+            except Exception as error:
+                context.console.print(
+                    f"  warning: win rates of {name}, and of models after it, are not in {left[-1]} ({error}). They "
+                    "stand in evaluate/win_rates.json; mend it, delete that folder and run `jpo evaluate` again to "
+                    "have them there too",
+                    style="yellow", highlight=False, markup=False, soft_wrap=True,
+                )  # fmt: skip
+                left = left[:-1]
+
+
+def _track_model(context: Context, name: str, found: Mapping[str, Any], key: str, trackers: tuple[str, ...]) -> None:
+    """A model's win rates, at the step where its training ended."""
     assert context.config.sample is not None
     manifest = context.run.manifest("sft" if name == "sft" else f"train/{name}")
     rates = found["win_rate"] | {"length_controlled": found.get("length_controlled", {}).get("rate")}
     prefix = "test" if context.config.sample.split == "test" else "eval"
     entry = {f"{prefix}_win_rate/{of}": rate for of, rate in rates.items()}
     entry["step"] = manifest.counts.get("steps", 0) if manifest else 0  # no SFT: the base model
-    with tracked(context.tracking(f"{name}/evaluate", key), []) as write:
+    with tracked(replace(context.tracking(f"{name}/evaluate", key), report_to=trackers), []) as write:
         write(entry)
 
 
