@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jpo_ray import records
-from jpo_ray.config import ItemsConfig, RunConfig, SampleConfig, Source, TrainConfig
+from jpo_ray.config import RunConfig, SampleConfig, Source, TrainConfig
 from jpo_ray.config_rounds import RoundsConfig
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.generation import SampledModel
@@ -159,11 +159,8 @@ def _round_config(context: Context, number: int, entry: TrainConfig, policy: Sam
     config, moved = context.config, _rounds(context).reference == "moved"
     reference = policy.path if moved else sft_model(context)[0].resolve()
     goes_on = None if moved or number == 1 else str(policy.path)
-    items = ItemsConfig(
-        train=[Source(path=str(drawn / ITEMS), format="ultrafeedback")],
-        validation=config.items.validation,
-        on_bad_rows=config.items.on_bad_rows,
-    )
+    samples = Source(path=str(drawn / ITEMS), format="ultrafeedback")
+    items = config.items.model_copy(update={"train": [samples], "test": [], "sft": []})
     return config.model_copy(
         update={
             "seed": config.seed + number,

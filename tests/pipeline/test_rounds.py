@@ -1,5 +1,6 @@
 """On-policy rounds: what each is made from, what it leaves, and where it goes on after a stop."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,22 @@ def test_a_fixed_reference_stays_the_sft_model_and_the_adapter_goes_on(tmp_path:
     moved_by = max(float(np.abs(second[name] - first[name]).max()) for name in first)
     from_zero = max(float(np.abs(second[name]).max()) for name in first if "lora_B" in name)
     assert 0 < moved_by < from_zero
+
+
+def test_a_round_leaves_out_the_instructions_that_the_run_does(tmp_path: Path, cluster: Cluster) -> None:  # noqa: ARG001
+    """A validation instruction longer than `max_length`, which would end the round, is too long in it as well."""
+    path = tmp_path / "validation.jsonl"
+    rows = [{"prompt": text, "chosen": "la", "rejected": "no"} for text in ("sing", "sing " * 300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = {"train": [{"path": "sandbox", "limit": 16}], "validation": [{"path": str(path)}]}
+    limits = {"max_instruction_tokens": 128}
+    config = small_config(items=items | limits, train=[JPO], rounds=1, sample=None, evaluate=None)
+    run(config, tmp_path / "run", ["items", "sft", "train"])
+    round_dir = tmp_path / "run" / "rounds" / "1"
+    for folder in (tmp_path / "run", round_dir):
+        held_out = [row["instruction"] for row in items_of(folder) if row["split"] == "validation"]
+        assert set(held_out) == {"sing"}
+    assert {row["split"] for row in items_of(round_dir)} == {"train", "validation"}
 
 
 @pytest.mark.parametrize(
