@@ -34,7 +34,7 @@ def make_report(run: RunDir, config: RunConfig, out: Path) -> dict[str, Any]:
     The summary has all numbers of the page: `models` (as in `win_rates`, empty where not evaluated), `seconds` per
     stage and training entry, `spent` on judging, `counts` (each stage's own, and under `funnel` those of the tables),
     `trainings` (values at the end), `judges` (agreement, interplay, habits), `policies`, `tournament`, `lengths` of
-    samples, `missing` stages, `config` and `versions`.
+    samples, temperatures that an engine `raised`, what is `missing` and why, `config` and `versions`.
     """
     standing = standing_manifests(run, config)
     samples = sample_cards.read_samples(run, standing)
@@ -99,7 +99,6 @@ def _context(
         "summary": summary,
         "series": series_of(models),
         "tiles": _tiles(summary),
-        "evaluated": {"invalid because": "", "warning": ""} | dict(summary["counts"].get("evaluate", {})),
         "controlled": {
             name: entry["length_controlled"]
             for name, entry in summary["models"].items()

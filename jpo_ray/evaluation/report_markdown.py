@@ -13,12 +13,18 @@ from jpo_ray.feedback.analysis import SHOWN
 
 def markdown(summary: Mapping[str, Any], shown: Sequence[Panel]) -> str:
     """`report.md`, from the numbers of `summary.json`; `shown` are the charts in `figures/`."""
+    counts = summary["counts"]
     sections = {
-        "Win rates": [*_win_rates(summary["models"]), *_lengths(summary["lengths"])],
-        "What training did to the policies": _policies(summary["policies"]),
-        "Models against each other": _tournament(summary["tournament"]),
+        "Win rates": [
+            *_win_rates(summary["models"]),
+            *_remarks(counts, "evaluate"),
+            *_lengths(summary["lengths"]),
+            *_raised(summary["raised"]),
+        ],
+        "What training did to the policies": [*_policies(summary["policies"]), *_remarks(counts, "policies")],
+        "Models against each other": [*_tournament(summary["tournament"]), *_remarks(counts, "tournament")],
         "Training": _trainings(summary["trainings"]),
-        "From data to training": _funnel(summary["counts"]["funnel"]),
+        "From data to training": [*_funnel(counts["funnel"]), *_remarks(counts, "judge")],
         "Judges": _judges(summary["judges"]),
         "Figures": [f"![{panel.title or panel.model}](figures/{panel.name}.svg)" for panel in shown],
         "Time and cost": _time(summary),
@@ -67,6 +73,18 @@ def _win_rates(models: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _remarks(counts: Mapping[str, Any], artifact: str) -> list[str]:
+    """An artifact's warning, and why verdicts are invalid."""
+    of = counts.get(artifact, {})
+    warning, reasons = of.get("warning"), of.get("invalid because")
+    return [f"**{warning}**" if warning else "", f"Invalid: {reasons}" if reasons else ""]
+
+
+def _raised(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    said = [f"Temperature {of['temperature']} ran as {of['effective_temperature']} ({of['engine']})." for of in rows]
+    return [" ".join(said)]
+
+
 def _lengths(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     heads = ["model", "samples", "mean characters", "cut at the token limit, percent"]
     cells = ([row["model"], row["samples"], f"{row['characters']:.0f}", f"{row['cut_percent']:.1f}"] for row in rows)
@@ -104,7 +122,16 @@ def _tournament(found: Mapping[str, Any] | None) -> list[str]:
         table(["", *names], matrix),
         "Bradley-Terry ranking: the chance to beat another model, each on a random instruction.",
         table(["model", "wins, percent", "95 %", "joint alone", "equal instructions alone"], ranks),
+        _agreement(found["agreement"].get("both")),
+        found["ranking"]["both"].get("reason") or "",
     ]
+
+
+def _agreement(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    tau, share = number_text(found["kendall_tau"], "+.2f"), percent(found["same_order_share"])
+    return f"With the order by win rate against gold: Kendall's tau {tau}; the same order in {share} % of resamples."
 
 
 def _with_interval(rate: float | None, ends: list[float | None] | None) -> str:

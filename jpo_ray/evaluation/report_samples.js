@@ -33,10 +33,15 @@ function compare(card) {
   }
 }
 
+const compared = new WeakMap();  // what each text is marked against: filtering compares nothing again
+
 function mark(element, other, isBase) {
+  const against = other === null ? null : `${isBase} ${other}`;
+  if ((compared.get(element) ?? null) === against) return;
+  compared.set(element, against);
   const text = element.textContent;
   if (other === null) {
-    if (element.querySelector("mark")) element.textContent = text;
+    element.textContent = text;
     return;
   }
   const words = pieces(text), kept = common(words.map(word => word.trim()), pieces(other).map(word => word.trim()));

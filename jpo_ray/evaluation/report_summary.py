@@ -23,6 +23,8 @@ from jpo_ray.feedback.analysis import analysis_of
 from jpo_ray.files import read_json
 from jpo_ray.runs import RunDir
 
+IN_SHARDS = "judges are not compared with each other: the run's comparisons are kept in shards, too many for that"
+
 
 def summary_of(
     run: RunDir,
@@ -43,7 +45,8 @@ def summary_of(
         "policies": _read(run, "policies", standing),
         "tournament": _read(run, "tournament", standing),
         "lengths": [] if samples is None else sample_cards.lengths(samples, models_of(config, models, samples)),
-        "missing": missing_stages(config, standing),
+        "raised": [] if samples is None else sample_cards.raised_temperatures(samples),
+        "missing": missing_stages(config, standing) | ({"judges": IN_SHARDS} if _in_shards(run, standing) else {}),
         "config": config.model_dump(mode="json"),
         "versions": package_versions(standing),
     }
@@ -55,7 +58,7 @@ def _read(run: RunDir, artifact: str, standing: Mapping[str, Manifest]) -> Any:
 
 def _judges(run: RunDir, standing: Mapping[str, Manifest]) -> dict[str, Any] | None:
     """What the run's judgments say of its judges, as `jpo analyze` does; None where nothing was judged, or millions."""
-    if not {"items", "pairs", "judge"} <= standing.keys() or (run.path("pairs") / "pairs.parquet").is_dir():
+    if not {"items", "pairs", "judge"} <= standing.keys() or _in_shards(run, standing):
         return None
     compared = compared_in(run)
     found = analysis_of(list(judged_rows(compared, compared.judgments)), [])
@@ -63,6 +66,10 @@ def _judges(run: RunDir, standing: Mapping[str, Manifest]) -> dict[str, Any] | N
         {key: value for key, value in row.items() if key not in ("comparisons", "ties")} for row in found["interplay"]
     ]
     return found if found["judged"] else None
+
+
+def _in_shards(run: RunDir, standing: Mapping[str, Manifest]) -> bool:
+    return {"pairs", "judge"} <= standing.keys() and (run.path("pairs") / "pairs.parquet").is_dir()
 
 
 def models_of(config: RunConfig, models: Mapping[str, Any], samples: pa.Table | None) -> list[str]:

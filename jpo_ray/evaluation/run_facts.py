@@ -34,20 +34,22 @@ PENDING = {
     "reference": "no reference log-probs yet: run `jpo reference`",
     "sample": "not sampled yet: run `jpo sample`",
     "evaluate": "not evaluated yet: run `jpo evaluate`",
+    "tournament": "models not compared with each other yet: run `jpo evaluate`",
+    "policies": "no scores under the models yet: run `jpo evaluate`",
 }
 
 
-# Artifacts beside the stages' own, made only where needed: the tiny base model, the instructions' embeddings, the
-# models' comparisons with each other.
-EXTRA = {  # name -> the stage it belongs to
-    "base": "items", "embeddings": "pairs", "policies": "evaluate", "tournament": "evaluate"
-}  # fmt: skip
+# Artifacts beside the stages' own, made only where needed: the tiny base model, the instructions' embeddings.
+EXTRA = {"base": "items", "embeddings": "pairs"}  # name -> the stage it belongs to
 
 
 def planned_artifacts(config: RunConfig) -> list[str]:
     """The artifacts this config makes, in the order of the stages."""
     before = [stage for stage in ("items", "pairs", "judge", "sft", "reference") if stage not in off_stages(config)]
     after = [stage for stage in ("sample", "evaluate") if stage not in off_stages(config)]
+    asked = config.evaluate
+    if asked is not None:
+        after += [name for name, on in (("tournament", asked.tournament), ("policies", asked.policies)) if on]
     return [*before, *(f"train/{entry.name}" for entry in config.trained), *after]
 
 
@@ -64,17 +66,12 @@ def standing_manifests(run: RunDir, config: RunConfig) -> dict[str, Manifest]:
     for extra, stage in EXTRA.items():
         if stage in names:
             names.insert(names.index(stage) + (extra != "embeddings"), extra)
-    off = {
-        "tournament": config.evaluate is None or config.evaluate.tournament is None,
-        "policies": config.evaluate is None or not config.evaluate.policies,
-    }
-    names = [name for name in names if not off.get(name)]
     found = {artifact: run.manifest(artifact) for artifact in names}
     return {artifact: manifest for artifact, manifest in found.items() if manifest is not None}
 
 
 def missing_stages(config: RunConfig, standing: Mapping[str, Manifest]) -> dict[str, str]:
-    """Why each stage without an artifact has none, as sentences."""
+    """Why each planned artifact that does not exist, or stage that is off, is missing, as sentences."""
     missing = {stage: OFF[stage] for stage in off_stages(config)}
     for artifact in planned_artifacts(config):
         if artifact not in standing and artifact not in missing:

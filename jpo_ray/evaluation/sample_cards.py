@@ -31,7 +31,6 @@ def section(
         samples = pa.Table.from_pylist([], SAMPLES)
     return {
         "cards": cards(run, standing, samples, models, limit),
-        "raised": raised_temperatures(samples),
         "sample_temperatures": [repr(value) for value in sorted(samples.column("temperature").unique().to_pylist())],
         "sample_models": [model for model in models if model in {*samples.column("model").to_pylist()}],
         "GOLD": GOLD,

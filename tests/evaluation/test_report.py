@@ -71,8 +71,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
 def test_full_run(full: tuple[dict[str, Any], str]) -> None:
     summary, html = full
     assert set(summary) == {
-        "models", "seconds", "spent", "counts", "trainings", "judges", "policies", "tournament", "lengths", "missing",
-        "config", "versions",
+        "models", "seconds", "spent", "counts", "trainings", "judges", "policies", "tournament", "lengths", "raised",
+        "missing", "config", "versions",
     }  # fmt: skip
     assert set(summary["models"]) == {"sft", "jpo", "dpo"}
     for entry in summary["models"].values():
@@ -142,6 +142,53 @@ def test_the_summary_and_the_markdown_say_what_the_page_says(run: RunDir) -> Non
     figures = sorted(path.name for path in (run.root.parent / "report" / "figures").iterdir())
     assert sorted(re.findall(r"\(figures/(.*?)\)", text)) == figures
     assert len(figures) == Page(html).count("svg")
+
+
+def test_warnings_and_reasons_are_in_the_markdown_too(run: RunDir) -> None:
+    """Of artifacts that judge; raised temperatures; the ranking beside the win rates; what is absent."""
+    synthetic.put_everything(run, tests=3)
+    found = {
+        "matrix": {"models": ["sft", "jpo"], "win_rate": [[None, 40.0], [60.0, None]], "ci95": [[None] * 2] * 2},
+        "ranking": {
+            kind: {
+                "reason": "dpo is not ranked" if kind == "both" else "",
+                "models": {name: {"win_rate": 50.0, "win_rate_ci95": [40.0, 60.0]} for name in ("sft", "jpo")},
+            }
+            for kind in ("both", "joint", "conditional")
+        },
+        "agreement": {"both": {"models": 3, "kendall_tau": 0.33, "pearson": 0.4, "same_order_share": 0.625}},
+    }
+    counts = {"warning": "half of it is invalid", "invalid because": "no answer (7)"}
+    synthetic.put(run, "tournament", {}, json={"tournament.json": found}, counts=counts)
+    config = synthetic.make_config(evaluate={"tournament": {}, "policies": True})
+    summary, html = report(run, config)
+    assert summary["missing"] == {"policies": "no scores under the models yet: run `jpo evaluate`"}
+    assert summary["raised"] == [{"temperature": 0.001, "effective_temperature": 0.01, "engine": "vllm"}]
+    text = (run.root.parent / "report" / "report.md").read_text()
+    for said in (
+        "half of it is invalid", "Invalid: no answer (7)", "Temperature 0.001 ran as 0.01 (vllm).", "dpo is not ranked",
+        "Kendall's tau +0.33; the same order in 62.5 % of resamples", "no scores under the models yet",
+    ):  # fmt: skip
+        assert said in text, said
+        assert said in Page(html).text, said
+    shutil.rmtree(run.path("tournament"))
+    missing = report(run, config)[0]["missing"]
+    assert missing["tournament"] == "models not compared with each other yet: run `jpo evaluate`"
+    assert "policies" not in report(run, synthetic.make_config())[0]["missing"]
+
+
+def test_that_shards_are_not_analysed_is_said(run: RunDir) -> None:
+    synthetic.put_everything(run, tests=3)
+    for table in ("pairs/pairs.parquet", "judge/judgments.parquet", "judge/preferences.parquet"):
+        path = run.root / table
+        one = path.rename(path.with_name("one"))
+        path.mkdir()
+        one.rename(path / "00000.parquet")
+    summary, html = report(run, synthetic.make_config())
+    assert summary["judges"] is None
+    assert "kept in shards" in summary["missing"]["judges"]
+    for text in (Page(html).text, (run.root.parent / "report" / "report.md").read_text()):
+        assert summary["missing"]["judges"] in text
 
 
 def test_figures_are_images_of_their_own(run: RunDir) -> None:

@@ -109,6 +109,27 @@ def test_differences_are_marked_on_both_sides(browser: "Browser", report: Path) 
     page.close()
 
 
+def test_filtering_compares_no_texts_again(browser: "Browser", report: Path) -> None:
+    page, problems = opened(browser, report)
+    page.evaluate("""() => {
+        const own = common;
+        window.compared_texts = 0;
+        window.common = (...texts) => (window.compared_texts++, own(...texts));
+    }""")
+    page.select_option("#models", "jpo")
+    page.select_option("#base", "sft")
+    assert page.evaluate("compared_texts") == 12 * 2
+    marked = page.locator(".answers").first.inner_html()
+    for text in ("xyzzy", "f", "", "fo", ""):
+        page.fill("#filter", text)
+    assert page.evaluate("compared_texts") == 12 * 2
+    assert page.locator(".answers").first.inner_html() == marked
+    page.select_option("#base", "dpo")
+    assert page.evaluate("compared_texts") > 12 * 2
+    assert problems == []
+    page.close()
+
+
 def test_what_is_common_is_not_marked(browser: "Browser", report: Path) -> None:
     page, _ = opened(browser, report)
     compare = """([text, other]) => {
