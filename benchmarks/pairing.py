@@ -35,6 +35,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
+from scaling import shown
 
 from jpo_ray.artifacts import package_versions
 from jpo_ray.config import JointPairs
@@ -61,7 +62,7 @@ def main() -> None:
         found = WORKS[name]()
         rows += found
         for row in found:
-            console.print("  " + ", ".join(f"{key} {_shown(value)}" for key, value in row.items()))
+            console.print("  " + ", ".join(f"{key} {shown(value)}" for key, value in row.items()))
     table = Table("work", "measured", "to reach", title="Pairing")
     for row in rows:
         if "to reach" in row:
@@ -77,10 +78,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
-
-
-def _shown(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def small() -> list[Row]:

@@ -72,14 +72,15 @@ def main() -> None:
         names = list(dict.fromkeys(name for row in some for name in row if name != "work"))
         table = Table(*names, title=work)
         for row in some:
-            table.add_row(*(_shown(row.get(name, "")) for name in names))
+            table.add_row(*(shown(row.get(name, "")) for name in names))
         console.print(table)
     if arguments.json:
         about = {"command": shlex.join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(arguments.json, about | {"cores": os.cpu_count(), "versions": package_versions(), "rows": rows})
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A number of four digits, or with commas."""
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 

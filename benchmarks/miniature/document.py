@@ -6,13 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jpo_ray.artifacts import package_versions
-from jpo_ray.evaluation.experiment_results import markdown_table, saturation
+from jpo_ray.evaluation.experiment_results import markdown_table, mean_of_all, saturation
 from jpo_ray.evaluation.win_rates import interval_text
 from jpo_ray.files import output_folder, read_json
 from miniature.claims import Found, all_claims
@@ -122,7 +121,7 @@ def _table_5(main: Found, run: Path) -> list[dict[str, Any]]:
             "mean": groups[entry].win_rate,
             "interval": interval_text(groups[entry].ci95),
             "seeds": ", ".join(map(_number, groups[entry].repetitions)) if entry != "sft" else "",
-            "controlled": _mean(controlled[entry]),
+            "controlled": mean_of_all(controlled[entry]),
         }
         for entry, title in ENTRIES.items()
     ]
@@ -139,7 +138,7 @@ def _joint(tournament: Mapping[str, Any]) -> dict[str, Any]:
         "models": agreement["joint"]["models"],
         "agreement": {source: agreement[source] for source in ("joint", "conditional", "both")},
         "rows": {
-            title: [_mean(rates[entry, source]) for source in ("joint", "conditional")]
+            title: [mean_of_all(rates[entry, source]) for source in ("joint", "conditional")]
             for entry, title in ENTRIES.items()
         },
     }
@@ -160,7 +159,7 @@ def _policies(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _metric(values: Sequence[float | None], form: str) -> str:
-    value = _mean(values)
+    value = mean_of_all(values)
     return _number(100 * value) if form == "percent" and value is not None else _number(value, form)
 
 
@@ -181,11 +180,6 @@ def _section(name: str, found: Found, out: Path) -> dict[str, Any]:
 def _entry(model: str) -> str:
     """The entry of `train` that a model `entry-sSEED` came from."""
     return model.rsplit("-s", 1)[0]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if known and len(known) == len(values) else None
 
 
 def _number(value: float | None, form: str = ".1f") -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.engine.adapters import BASE_RECORD, CONFIG, base_of, load_adapter
+from jpo_ray.engine.adapters import BASE_RECORD, CONFIG, load_adapter
 from jpo_ray.engine.model import DTYPES, load_tokenizer, model_folder
 from jpo_ray.files import read_json
 
@@ -30,11 +30,6 @@ def merge_adapter(adapter: Path, base: Path, out: Path, dtype: str) -> dict[str,
     if trained_on_4bit(adapter):
         facts["note"] = "trained on 4-bit weights, merged into the unquantised ones: answers differ a little"
     return facts
-
-
-def merge_named(adapter: Path, key: str, out: Path, dtype: str) -> dict[str, Any]:
-    """Merge an adapter into the base that it names. Raises `InputError`, naming `key`, where that is not there."""
-    return merge_adapter(adapter, base_of(adapter, key), out, dtype)
 
 
 def trained_on_4bit(adapter: Path) -> bool:

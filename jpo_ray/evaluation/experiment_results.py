@@ -55,7 +55,7 @@ def _group(members: Sequence[Measured], resamples: int, seed: int) -> Group:
     parts = _parts(members)
     found = win_rates(_pooled(parts), resamples, seed)["models"]["all"]
     rates = {key: found["win_rate"][repr(float(number))] for number, (key, _) in enumerate(parts)}
-    repetitions = [_mean([rates[key] for key in rates if key[0] == each.repetition]) for each in members]
+    repetitions = [mean_of_all([rates[key] for key in rates if key[0] == each.repetition]) for each in members]
     known = [rate for rate in repetitions if rate is not None]
     return Group(
         entry=members[0].entry,
@@ -63,7 +63,7 @@ def _group(members: Sequence[Measured], resamples: int, seed: int) -> Group:
         win_rate=found["win_rate"]["mean"],
         ci95=found["ci95"],
         by_temperature={
-            repr(float(t)): _mean([rate for key, rate in rates.items() if key[1] == t])
+            repr(float(t)): mean_of_all([rate for key, rate in rates.items() if key[1] == t])
             for t in sorted({key[1] for key in rates})
         },
         repetitions=repetitions,
@@ -109,7 +109,8 @@ def _pooled(parts: Sequence[tuple[tuple[str, float], pa.Table]]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of_all(values: Sequence[float | None]) -> float | None:
+    """None where one of them is None, or there are none."""
     known = [value for value in values if value is not None]
     return mean(known) if known and len(known) == len(values) else None
 
