@@ -33,6 +33,7 @@ from jpo_ray.planning.tokenizing import PlainTokenizer, plain_tokenizer
 from jpo_ray.planning.workers import STAGES, has_gpus
 
 OF_THE_HUB = "data of"  # begins what is said of a data set that is to be downloaded
+FILE_READERS = ("json", "parquet", "csv", "text")  # of `datasets`: names that say nothing of where the files are
 
 
 def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
@@ -101,7 +102,10 @@ def _read(config: RunConfig) -> tuple[dict[str, list[SourceRows]], list[str]]:
 def _not_here(split: str, source: Source, error: InputError) -> str:
     if source.path == SANDBOX or not is_remote(source):
         return str(error)
-    return f"{OF_THE_HUB} items.{split}: {source_name(source)}"
+    name = source_name(source)
+    if source.data_files and source.path in FILE_READERS:
+        name = name.removeprefix(f"{source.path}/")
+    return f"{OF_THE_HUB} items.{split}: {name}"
 
 
 def _tables(
@@ -132,8 +136,27 @@ def _assumed(config: RunConfig, counts: Counts) -> list[str]:
     if unknown:
         keys = ", ".join(f"plan.{name}_instructions" for name in unknown)
         found.append(f"not known: how many instructions {', '.join(unknown)} have; say so with {keys}")
+    if lacking := _labels_not_stated(config, counts):
+        found.append(f"not known: how many comparisons the labels decide; say so with {' and '.join(lacking)}")
     if counts.tokens.instruction is None:
         found.append("not known: tokens; say so with plan.instruction_tokens and plan.response_tokens")
     if any(entry.max_batch_tokens for entry in config.train):
         found.append("steps: max_batch_tokens is left out of account")
+    if config.sample or config.rounds:
+        found.append("samples: as long as the data's responses, at most sample.max_new_tokens; prompts come on top")
+    found.append("the time that judging takes is not estimated")
     return found
+
+
+def _labels_not_stated(config: RunConfig, counts: Counts) -> list[str]:
+    """Keys of `plan` that would say how many of the data's own comparisons there are."""
+    by_labels, joint = config.judge.annotator == "labels", config.pairs.joint
+    asked = {
+        "conditional": by_labels and config.pairs.conditional,
+        "joint": joint is not None and (joint.strategy == "labelled" or (by_labels and joint.strategy != "proxy")),
+    }
+    return [
+        f"plan.{protocol}_labels"
+        for protocol, wanted in asked.items()
+        if wanted and counts.preferences[protocol] is None and getattr(config.plan, f"{protocol}_labels") is None
+    ]

@@ -163,9 +163,10 @@ def _sample(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed
 def _generated(
     name: str, responses: int | None, config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speeds
 ) -> StageCost:
-    """As long as the data's own responses are, or as is allowed."""
-    most = (config.sample or SampleConfig()).max_new_tokens
-    tokens = whole(product(responses, min(counts.tokens.response or most, most)))
+    """Prompts, and responses as long as the data's own are, or as is allowed."""
+    most, means = (config.sample or SampleConfig()).max_new_tokens, counts.tokens
+    each = None if means.instruction is None else means.instruction + min(means.response or most, most)
+    tokens = whole(product(responses, each))
     return StageCost(
         name,
         responses,

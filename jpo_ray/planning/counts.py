@@ -111,15 +111,17 @@ def _stated_split(config: RunConfig, split: str) -> Split:
         return Split(UNKNOWN)
     short = plan.short_items if config.pairs.max_item_characters else 1.0
     responses = plan.responses_per_instruction if split in COMPARED else 1
-    conditional = joint_pairs = 0
+    conditional = 0
+    joint_pairs: int | None = 0
     if split in COMPARED:
         both = responses * (responses - 1) // 2 if config.pairs.conditional else 0
         conditional = round(instructions * both * short)
         if joint:
             asked = joint.budget if split == "train" else joint.validation_budget
-            labelled = round((plan.joint_labels or 0) * short**2) if split == "train" else 0
+            stated = plan.joint_labels if joint.strategy == "labelled" else plan.joint_labels or 0
+            labelled = whole(product(stated, short**2)) if split == "train" else 0
             wished = 0 if joint.strategy == "labelled" else asked or round(instructions * short)
-            joint_pairs = labelled + wished
+            joint_pairs = total([labelled, wished])
     return Split(STATED, instructions, instructions * responses, conditional, joint_pairs, instructions)
 
 
@@ -149,10 +151,12 @@ def expected_preferences(config: RunConfig, train: Split) -> tuple[dict[str, int
     if config.judge.annotator == "labels":
         short = plan.short_items if config.pairs.max_item_characters else 1.0
         conditional = whole(product(plan.conditional_labels, short)) if config.pairs.conditional else 0
-        if joint is None:
-            return {"conditional": conditional, "joint": 0}, STATED
-        stated = whole(product(plan.joint_labels, short**2))
-        return {"conditional": conditional, "joint": train.joint if joint.strategy == "proxy" else stated}, STATED
+        by_proxy = joint is not None and joint.strategy == "proxy"
+        stated = whole(product(plan.joint_labels, short**2)) if joint else 0
+        labelled = {"conditional": conditional, "joint": train.joint if by_proxy else stated}
+        if None in labelled.values():
+            return labelled, UNKNOWN
+        return labelled, f"{STATED}, joint ones derived from the instructions' own" if by_proxy else STATED
     selection, closure = config.judge.selection, config.judge.closure
     judged = train.joint if selection is None or train.joint is None else min(selection.budget, train.joint)
     found = {

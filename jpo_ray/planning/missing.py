@@ -73,15 +73,25 @@ def missing_machine(config: RunConfig, machine: Machine, costs: Sequence[StageCo
 
 
 def disk_gib(config: RunConfig, shapes: ModelShapes | None) -> float | None:
-    """Of the run directory at its fullest: fine-tuned models, and the checkpoints that a training keeps."""
+    """Of the run directory at its fullest: whole models that are trained, merged or taken over from a round, and the
+    checkpoints that a training keeps. Adapters are left out."""
     if shapes is None:
         return None
     kept = 2 if config.items.validation else 1  # the newest, and the best where something is held out
     whole_models = [*([config.sft] if config.sft else []), *(entry for entry in config.trained if not entry.use_peft)]
-    if not whole_models:
-        return 0.0
-    each = shapes.parameters * (kept * CHECKPOINT_BYTES + BYTES[config.model.dtype])
-    return (len(whole_models) * each + shapes.parameters * CHECKPOINT_BYTES) / GIB  # one more while it is written
+    checkpoints = len(whole_models) * kept + bool(whole_models)  # one more while it is written
+    models = len(whole_models) + _made_models(config)
+    return shapes.parameters * (checkpoints * CHECKPOINT_BYTES + models * BYTES[config.model.dtype]) / GIB
+
+
+def _made_models(config: RunConfig) -> int:
+    """Whole models that no training writes: the base of an SFT adapter, and what rounds hand to the whole run."""
+    name = config.model.model_name_or_path
+    from_adapter = int(base_name(name) != name)
+    if config.rounds is None:
+        return from_adapter
+    moved = config.rounds.reference == "moved"  # then an adapter is merged into the model before it
+    return from_adapter + sum(moved or not entry.use_peft for entry in config.trained)
 
 
 def host_memory_gib(config: RunConfig, shapes: ModelShapes | None) -> float | None:
@@ -103,7 +113,9 @@ def hub_notes(config: RunConfig, needs_hub: bool) -> Iterator[str]:
         yield "HF_HUB_OFFLINE is set, so nothing will be downloaded"
     if get_token() is None:
         gated = config.model.model_name_or_path.startswith(("mistralai/", "meta-llama/", "google/"))
-        yield "HF_TOKEN is not set" + (": the model's owner may ask to accept terms first" if gated else "")
+        yield "HF_TOKEN is not set" + (
+            ": the model's owner may ask to accept terms first" if gated else "; perhaps the Hub asks for it"
+        )
 
 
 def free_disk(machine: Machine, needed_gib: float | None, run_dir: Path | None) -> Iterator[str]:

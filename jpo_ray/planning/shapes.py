@@ -34,7 +34,7 @@ def _known(kind: str, hidden: int, inner: int, layers: int, heads: int, key_valu
 
 _MISTRAL = _known("mistral", 4096, 14336, 32, 32, 8, 32000)
 _QWEN3 = _known("qwen3", 1024, 3072, 28, 16, 8, 151936, head_dim=128, tie_word_embeddings=True)
-# By their published config.json. The authors' fine-tuned models have the shapes of their base, and one token more.
+# By their published config.json; of ASSUMED, their base's: the authors' models are taken to have its shapes.
 KNOWN: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": _MISTRAL,
     "alignment-handbook/zephyr-7b-sft-full": _MISTRAL,
@@ -45,6 +45,10 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B": _known("qwen2", 896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True),
     "Qwen/Qwen3-0.6B-Base": _QWEN3,
     "Qwen/Qwen3-0.6B": _QWEN3,
+}
+ASSUMED = {
+    "jointpreferences/mistral_7b_lr_1.5e-6_sft": "mistralai/Mistral-7B-v0.1",
+    "jointpreferences/mistral_7b_sft_helpful": "mistralai/Mistral-7B-v0.1",
 }
 
 
@@ -148,7 +152,8 @@ def model_shapes(name: str) -> ModelShapes | str:
     if folder is None or not (folder / "config.json").exists():
         if name not in KNOWN:
             return f"{name} is not on this machine, and its size is not known here"
-        return ModelShapes(shapes_of_config(KNOWN[name]) or {}, KNOWN[name], "by its published config")
+        how = f"taken to be as large as {ASSUMED[name]}" if name in ASSUMED else "by its published config"
+        return ModelShapes(shapes_of_config(KNOWN[name]) or {}, KNOWN[name], how)
     config = read_json(folder / "config.json")
     config = config.get("text_config") or config
     if weights := weight_files(folder):

@@ -6,6 +6,7 @@ import pytest
 
 from jpo_ray.config import JointPairs, RunConfig, TrainConfig
 from jpo_ray.config_file import parse_config
+from jpo_ray.pipeline.plan import make_plan
 from jpo_ray.planning.batching import shared_items
 from jpo_ray.planning.costs import responses_asked, stage_costs, train_comparisons
 from jpo_ray.planning.counts import Counts, count_all, total
@@ -77,8 +78,36 @@ def test_labels_that_come_with_the_data() -> None:
     assert labelled.preferences == {"conditional": 600, "joint": 500}
     short = counted(config(**given, pairs={"joint": {"strategy": "labelled"}, "max_item_characters": 9}))
     assert short.preferences == {"conditional": 300, "joint": 125}
+    assert short.preferences_origin == STATED
     proxy = counted(config(**given, pairs={"joint": {"strategy": "proxy"}}))
     assert proxy.preferences == {"conditional": 600, "joint": proxy.splits["train"].joint}
+    assert proxy.preferences_origin == f"{STATED}, joint ones derived from the instructions' own"
+
+
+def test_labels_that_nobody_counted_are_not_known_and_their_keys_are_named() -> None:
+    given: dict[str, Any] = {"judge": {"annotator": "labels"}, "evaluate": {"judge": {"annotator": "openai"}}}
+    settings = config(**given, pairs={"joint": {"strategy": "labelled"}})
+    found = counted(settings)
+    assert found.preferences == {"conditional": None, "joint": None}
+    assert found.preferences_origin == UNKNOWN
+    assert found.splits["train"].joint is None
+    said = [line for line in make_plan(settings).assumed if "say so with" in line]
+    keys = "plan.conditional_labels and plan.joint_labels"
+    assert said == [f"not known: how many comparisons the labels decide; say so with {keys}"]
+    [said_of_one] = [
+        line
+        for line in make_plan(config(**given, pairs={"joint": {"strategy": "proxy"}})).assumed
+        if "say so with" in line
+    ]
+    assert said_of_one.endswith("say so with plan.conditional_labels")
+
+
+def test_samples_take_their_prompts_and_responses() -> None:
+    """50 instructions x 2 models x 3 temperatures, prompts of 30 tokens and responses of 20, or of the 8 allowed."""
+    for allowed, each in ((400, 50), (8, 38)):
+        settings = config(sample={"max_new_tokens": allowed})
+        [cost] = [cost for cost in stage_costs(settings, counted(settings), None, SPEEDS) if cost.stage == "sample"]
+        assert (cost.items, cost.tokens) == (300, 300 * each)
 
 
 def test_a_selection_and_a_closure() -> None:
