@@ -45,6 +45,13 @@ def _merged_spec(context: Context, adapter: Path) -> Spec:
     return Spec("base", "sft", inputs, {"dtype": dtype}, lambda out: merge_adapter(adapter, base, out, dtype))
 
 
+def base_facts(context: Context) -> dict[str, str]:
+    """The base model's name, for those who read an artifact; a folder's begins so that it is taken for nothing else."""
+    name = context.config.model.model_name_or_path
+    is_relative = name not in (TINY, SANDBOX) and name[:1] not in "./~" and Path(name).exists()
+    return {"base_model": f"./{name}" if is_relative else name}
+
+
 def adapter_to_start_from(context: Context) -> Path | None:
     """The folder of the adapter that `model.model_name_or_path` names; None where it names a model."""
     from jpo_ray.engine.merging import adapter_named

@@ -14,10 +14,13 @@ from jpo_ray.files import read_json
 from jpo_ray.runs import RunDir
 
 ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+OF_FILES = {".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".safetensors"}
 SHOWN = (  # of a training's keys, besides those of its objective
-    "learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "optim", "comparisons_per_step",
-    "items_per_step", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "seed",
+    "learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+    "comparisons_per_step", "max_batch_tokens", "batching", "max_train_comparisons", "items_per_step", "lora_r",
+    "lora_alpha", "lora_dropout", "lora_target_modules", "seed",
 )  # fmt: skip
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 WITHOUT_LORA = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 
 
@@ -39,11 +42,12 @@ def model_card(exported: Exported) -> str:
 
     run, config = exported.run, _config_of(exported.run)
     trained = exported.manifest.config.get("train")
-    base = exported.base or (config.get("model") or {}).get("model_name_or_path")
-    datasets = [path for path in _sources(config) if _is_on_hub(path)]
+    base = exported.base or exported.manifest.counts.get("base_model")
+    base = base or (config.get("model") or {}).get("model_name_or_path")
+    datasets = [path for path in _sources(config) if _is_on_hub(run, path)]
     tags = ["jpo-ray", *(["joint-preference-optimization", trained["objective"]] if trained else ["sft"])]
     front = ModelCardData(
-        base_model=base if base and _is_on_hub(base) else None,
+        base_model=base if base and _is_on_hub(run, base) else None,
         datasets=datasets or None,
         library_name="peft" if exported.kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
@@ -53,8 +57,8 @@ def model_card(exported: Exported) -> str:
         f"---\n{front.to_yaml()}\n---",
         f"# {exported.name}",
         _summary(exported, trained, base),
-        "## Data\n\n" + "\n".join(f"- {line}" for line in _data(run, config)),
-        "## Training\n\n" + _table(["key", "value"], _hyperparameters(exported.manifest.config)),
+        "## Data\n\n" + "\n".join(f"- {line}" for line in _data(exported, config)),
+        "## Training\n\n" + _table(["key", "value"], [*_hyperparameters(exported.manifest.config), *_of_sft(exported)]),
         "## Results\n\n" + _results(run, exported.name),
         "## Use\n\n" + _use(exported),
     ]
@@ -76,51 +80,83 @@ def _sources(config: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(source["path"] for split in ("train", "sft") for source in items.get(split) or []))
 
 
-def _is_on_hub(name: str) -> bool:
-    return bool(ON_HUB.fullmatch(name)) and not Path(name).exists()
+def _is_on_hub(run: RunDir, name: str) -> bool:
+    """Whether a name is certainly no path: neither by its look, nor by what the run read, nor by what stands here."""
+    if not ON_HUB.fullmatch(name) or Path(name).suffix.lower() in OF_FILES:
+        return False
+    items = run.manifest("items")
+    read = items.inputs.items() if items else ()
+    if any(key.partition(":")[2] == name and found != name for key, found in read):  # the hash of a file or folder
+        return False
+    places = (Path.cwd(), *run.root.absolute().parents)
+    return not any((place / name).exists() or (place / name).parent.is_dir() for place in places)
 
 
-def _named(path: str) -> str:
+def _named(run: RunDir, path: str) -> str:
     """A file by its name alone: where it lay is nobody's concern."""
-    return path if _is_on_hub(path) else Path(path).name
+    return path if _is_on_hub(run, path) else Path(path).name
 
 
 def _summary(exported: Exported, trained: dict[str, Any] | None, base: str | None) -> str:
-    of = f"`{_named(base)}`" if base else "a base model"
+    run, manifest = exported.run, exported.manifest
+    of = f"`{_named(run, base)}`" if base else "a base model"
     lines = [f"{'An adapter' if exported.kind == 'adapter' else 'A model'} made from {of} with jpo-ray {__version__}"]
     if trained is None:
         lines[0] += ": supervised fine-tuning, the reference of preference training."
     else:
         losses = TrainConfig(**trained).losses
         protocols = " and ".join(trained["protocols"])
-        lines[0] += (
-            f": supervised fine-tuning, then preference training with the objective `{losses}` on {protocols} "
-            "comparisons."
-        )
+        sft = run.manifest("sft")
+        tuned = sft is not None and manifest.inputs.get("sft") == sft.fingerprint
+        before = "supervised fine-tuning, then " if tuned else ""
+        lines[0] += f": {before}preference training with the objective `{losses}` on {protocols} comparisons."
+        lines += _of_round(manifest, tuned)
     if trained and "joint" in trained["protocols"]:
         lines.append(
             "Joint comparisons set one instruction-response pair against another whose instruction may differ "
             "([Joint Preference Optimization](https://arxiv.org/abs/2404.00530))."
         )
     if exported.note:
-        lines.append(exported.note[0].upper() + exported.note[1:].rstrip(".") + ".")
+        note = exported.note.replace(exported.base, _named(run, exported.base)) if exported.base else exported.note
+        lines.append(note[0].upper() + note[1:].rstrip(".") + ".")
     return "\n".join(lines)
 
 
-def _data(run: RunDir, config: dict[str, Any]) -> Iterator[str]:
+def _of_round(manifest: Manifest, tuned: bool) -> list[str]:
+    """Of a model of on-policy rounds: which of them made it, from whose responses, beside which reference."""
+    number, name = manifest.config.get("round"), manifest.config["train"]["name"]
+    if number is None:
+        return []
+    first = "the SFT model" if tuned else "the model that training began with"
+    before = first if number == 1 else f"`{name.removesuffix(f'-{number}')}-{number - 1}`"
+    moved = (manifest.config.get("rounds") or {}).get("reference") == "moved"
+    return [
+        f"It is the model of on-policy round {number}: its comparisons are of responses that the model before it, "
+        f"{before}, gave to the data's instructions. The reference is {before if moved else first}."
+    ]
+
+
+def _data(exported: Exported, config: dict[str, Any]) -> Iterator[str]:
+    run, number = exported.run, exported.manifest.config.get("round")
     for path in _sources(config):
-        yield f"`{_named(path)}`"
-    items, judge = run.manifest("items"), run.manifest("judge")
+        yield f"`{_named(run, path)}`"
+    where = run if number is None else RunDir(run.below(f"rounds/{number}"))
+    items, judge = where.manifest("items"), where.manifest("judge")
     if items:
-        counts = items.counts
-        yield f"{counts['train_items']:,} items of {counts['train_instructions']:,} instructions to train on"
+        counts, what = items.counts, "items" if number is None else "sampled responses"
+        yield f"{counts['train_items']:,} {what} of {counts['train_instructions']:,} instructions to train on"
     if judge:
-        section = judge.config.get("judge") or {}
-        by = section.get("name") or (
-            section.get("model") if section.get("annotator") in ("openai", "vllm", "reward_model") else None
-        )
-        who = by or section.get("annotator", "the labels of the data")
-        yield f"{judge.counts.get('preferences', 0):,} preferences, judged by {_named(str(who))}"
+        who = _judge(run, judge.config.get("judge") or {}, "the labels of the data")
+        yield f"{judge.counts.get('preferences', 0):,} preferences, judged by {who}"
+
+
+def _judge(run: RunDir, section: dict[str, Any], unknown: str) -> str:
+    """An annotator for people: its name, its kind and its model, where it has them."""
+    kind = section.get("annotator")
+    model = section.get("model") if kind in ("openai", "vllm", "reward_model") else None
+    names = [section.get("name"), _named(run, str(model)) if model else None, kind]
+    first, *more = list(dict.fromkeys(name for name in names if name)) or [unknown]
+    return f"{first} ({', '.join(more)})" if more else str(first)
 
 
 def _hyperparameters(config: dict[str, Any]) -> list[list[str]]:
@@ -129,10 +165,24 @@ def _hyperparameters(config: dict[str, Any]) -> list[list[str]]:
     if "objective" in trained:
         entry = TrainConfig(**trained)
         rows = [["objective", entry.losses], *([key, f"{value:g}"] for key, value in entry.parameters().items())]
-    left_out = set() if trained.get("use_peft", False) else WITHOUT_LORA
-    rows += [[key, _value(trained[key])] for key in SHOWN if key in trained and key not in left_out]
+        for term in entry.also:
+            rows += [[f"{term.objective}: {key}", f"{value:g}"] for key, value in term.parameters().items()]
+    rows += _shown(trained)
     model = config.get("model") or {}
     return rows + [[key, _value(model[key])] for key in ("dtype", "load_in_4bit", "max_length") if key in model]
+
+
+def _of_sft(exported: Exported) -> list[list[str]]:
+    """The keys of the fine-tuning that a preference training began from."""
+    sft = exported.run.manifest("sft")
+    if sft is None or exported.manifest.inputs.get("sft") != sft.fingerprint:
+        return []
+    return [[f"sft: {key}", value] for key, value in _shown(sft.config.get("sft") or {})]
+
+
+def _shown(trained: dict[str, Any]) -> list[list[str]]:
+    left_out = set() if trained.get("use_peft", False) else WITHOUT_LORA
+    return [[key, _value(trained[key])] for key in SHOWN if trained.get(key) is not None and key not in left_out]
 
 
 def _value(value: Any) -> str:
@@ -157,7 +207,7 @@ def _results(run: RunDir, name: str) -> str:
     ]
     if not rows:
         return "Not evaluated."
-    judge = (evaluated.config.get("judge") or {}).get("annotator", "the run's judge")
+    judge = _judge(run, evaluated.config.get("judge") or {}, "the run's judge")
     return (
         _table(["model", "win rate, percent", "95 % interval", "comparisons"], rows)
         + f"\n\nSamples against the data's gold responses, in both orders, ties half, over all temperatures; judge: "
@@ -188,8 +238,6 @@ def _use(exported: Exported) -> str:
     adapter = exported.kind == "adapter"
     loader = "from peft import AutoPeftModelForCausalLM as AutoModelForCausalLM\n" if adapter else ""
     plain = "" if adapter else "AutoModelForCausalLM, "
-    engine = "LLM(base, enable_lora=True)" if adapter else "LLM(folder)"
-    lora = ", lora_request=LoRARequest('adapter', 1, folder)" if adapter else ""
     return f"""The prompt has the form that the model was trained on.
 
 ```python
@@ -206,11 +254,43 @@ answer = model.generate(**ids, max_new_tokens=256, do_sample=False)
 print(tokenizer.decode(answer[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip())
 ```
 
-With vLLM: `{engine}.generate({{"prompt_token_ids": ids["input_ids"][0].tolist()}}{lora})`{_served(adapter)}.
+With vLLM{_served(adapter)}:
+
+```python
+{_in_vllm(exported)}
+```
 
 In the run's folder, `jpo serve --run-dir RUN_DIR` serves it behind an OpenAI-compatible endpoint that lays prompts out
 by itself."""
 
 
 def _served(adapter: bool) -> str:
-    return ", or `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`" if adapter else ", or `vllm serve FOLDER`"
+    serve = "vllm serve BASE --enable-lora --lora-modules NAME=FOLDER" if adapter else "vllm serve FOLDER"
+    return f" (or as a server: `{serve}`)"
+
+
+def _in_vllm(exported: Exported) -> str:
+    adapter, base = exported.kind == "adapter", "BASE"
+    if exported.base and _is_on_hub(exported.run, exported.base):
+        base = exported.base
+    lora = ', lora_request=LoRARequest("adapter", 1, folder)' if adapter else ""
+    lines = ["from vllm import LLM, SamplingParams"]
+    if adapter:
+        rank = exported.manifest.config["train"]["lora_r"]
+        lines += [
+            "from vllm.lora.request import LoRARequest\n",
+            f'base = "{base}"  # the model that the adapter was trained on: its folder, or its name on the Hub',
+            f"llm = LLM(base, enable_lora=True, max_lora_rank={next((most for most in RANKS if most >= rank), rank)})",
+        ]
+    else:
+        lines[0] += "\n"
+        lines.append("llm = LLM(folder)")
+    return "\n".join(
+        [
+            *lines,
+            'prompt_ids = {"prompt_token_ids": ids["input_ids"][0].tolist()}',
+            "params = SamplingParams(temperature=0, max_tokens=256)",
+            f"answer = llm.generate(prompt_ids, params{lora})",
+            "print(answer[0].outputs[0].text.strip())",
+        ]
+    )

@@ -10,7 +10,7 @@ from jpo_ray.config import TrainConfig
 from jpo_ray.data.tokens import tokenize, tokenizer_hash
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
-from jpo_ray.pipeline.base_model import base_model, base_specs
+from jpo_ray.pipeline.base_model import base_facts, base_model, base_specs
 from jpo_ray.pipeline.console import Bar, progress_bar
 from jpo_ray.pipeline.context import Context, Spec
 
@@ -47,7 +47,7 @@ def sft_specs(context: Context) -> list[Spec]:
         with progress_bar(context.console, "fine-tuning on D_S") as bar:
             alone = context.cluster("sft").model_copy(update={"trainings_at_once": 1})
             state = run_training(context.ray(), alone, "sft", work, out.resolve(), _shower(bar))
-        return _facts(state, ("items", "truncated"))
+        return _facts(state, ("items", "truncated")) | base_facts(context)
 
     slice_ = {"sft": seeded.model_dump(), "model": _model_slice(context, "load_in_4bit")}
     return [*before, Spec("sft", "sft", {"items": items, "base": base}, slice_, make, keep_partial=True)]
@@ -199,7 +199,7 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
         else:
             with progress_bar(context.console, f"training {entry.name}") as bar:
                 state = run_training(ray, cluster, f"train-{entry.name}", work, out.resolve(), _shower(bar))
-        return _facts(state, TRAINED)
+        return _facts(state, TRAINED) | base_facts(context)
 
     slice_ = {
         "train": seeded.model_dump(exclude={"continue_from"}),

@@ -20,6 +20,7 @@ from jpo_ray.config_rounds import RoundsConfig
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.generation import SampledModel
 from jpo_ray.files import read_json
+from jpo_ray.pipeline.base_model import base_facts
 from jpo_ray.pipeline.context import Context, Spec, build, show
 from jpo_ray.pipeline.model_stages import sft_model
 from jpo_ray.pipeline.sample_stage import draw, sampled_model
@@ -78,7 +79,7 @@ def _make(context: Context, number: int, entry: TrainConfig, out: Path) -> dict[
         own = shutil.ignore_patterns("manifest.json", "checkpoint-*")
         shutil.copytree(trained, out, ignore=own, dirs_exist_ok=True)
     facts: dict[str, Any] = read_json(trained / "manifest.json")["counts"]
-    return {"round": number, "sampled": drawn["samples"]} | facts
+    return {"round": number, "sampled": drawn["samples"]} | facts | base_facts(context)
 
 
 def _policy(context: Context, number: int) -> SampledModel:
