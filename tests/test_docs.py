@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from jpo_ray.cli_parser import build_parser
-from jpo_ray.config_file import parse_config
+from jpo_ray.config_experiment import load_experiment
+from jpo_ray.config_file import load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,9 +50,78 @@ def test_yaml_blocks_are_sections_of_a_config() -> None:
     assert len(shown) > 5
     for page, text in shown:
         values = yaml.safe_load(text)
-        if "kind" in values or "cluster_name" in values:  # of Kubernetes, or Ray's launcher
+        if {"kind", "cluster_name", "grid"} & set(values):  # of Kubernetes, of Ray's launcher, or an experiment (below)
             continue
         parse_config(LEAST | values, f"{page.name}: {text[:60]!r}")
+
+
+def test_yaml_blocks_with_a_grid_are_experiments(tmp_path: Path) -> None:
+    shown = [text for _, text in blocks("yaml") if "grid" in yaml.safe_load(text)]
+    assert len(shown) == 2
+    for config in (ROOT / "configs").glob("*.yaml"):
+        (tmp_path / config.name).symlink_to(config)
+    (tmp_path / "experiments").mkdir()
+    for text in shown:
+        (tmp_path / "experiments" / "shown.yaml").write_text(text)
+        runs = load_experiment(tmp_path / "experiments" / "shown.yaml", []).runs
+        assert len(runs) == (2 if "strategy: [random, similar]" in text else 1)
+
+
+def test_no_config_or_program_hides_in_an_indented_block() -> None:
+    """Only fenced ones are checked."""
+    for page in PAGES:
+        unfenced = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.M | re.S)
+        assert not re.search(
+            r"^ {4,}(def |import |from \w+ import |\w+:$|(base|grid|override|train): )", unfenced, re.M
+        ), page.name
+
+
+def test_the_quickstarts_lines_for_a_gpu() -> None:
+    (text,) = [text for page, text in blocks("yaml") if page.name == "quickstart.md"]
+    config = parse_config(yaml.safe_load(text), "quickstart.md")
+    assert (config.cluster.gpus_per_worker, config.model.dtype) == (0, "float32")
+    config = parse_config(yaml.safe_load(re.sub(r"# (dtype|cluster):", r"\1:", text)), "quickstart.md")
+    assert (config.cluster.gpus_per_worker, config.model.dtype) == (1, "bfloat16")
+
+
+def rows_of_recipes(cells: int) -> dict[str, list[str]]:
+    """Those of the table with so many columns, by the first one."""
+    lines = (ROOT / "docs" / "recipes.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return {row[0]: row[1:] for row in rows if len(row) == cells}
+
+
+def test_what_recipes_train() -> None:
+    names = [name for cell in rows_of_recipes(5) for name in re.findall(r"`(\w+\.yaml)`", cell)]
+    assert len(names) == 10
+    for name in names:
+        config = load_config(ROOT / "configs" / name)
+        trained = {"jpo"} if name == "helpful_tiny.yaml" else {"jpo", "dpo", "kto"}
+        assert {entry.objective for entry in config.train} == trained, name
+        if "tldr" in name or name.endswith(("helpful_mistral7b.yaml", "helpful_released.yaml")):
+            assert config.items.max_instruction_tokens == 900, name
+
+
+def test_a_recipe_begins_with_the_plans_estimate() -> None:
+    """The table of `jpo plan`'s numbers in docs/recipes.md, in a line of each file."""
+    rows = rows_of_recipes(7)
+    assert len(rows) == 8
+    for name, (_, _, sft, jpo, stages, disk) in rows.items():
+        parts = [(stage, *cell.split(", ")) for stage, cell in (("SFT", sft), ("JPO", jpo)) if cell != "-"]
+        said = ", ".join(f"{stage} {gib} GiB a worker and {time}" for stage, gib, time in parts)
+        header = (ROOT / "configs" / f"{name.strip('`')}.yaml").read_text().partition("seed:")[0]
+        assert f"\n# By `jpo plan`, an estimate: {said}; all stages {stages}, {disk} of disk.\n" in header, name
+
+
+def test_variables_of_the_environment_are_listed() -> None:
+    read = {
+        name
+        for file in (ROOT / "jpo_ray").rglob("*.py")
+        for name in re.findall(r"environ(?:\.get\(|\[)\"([A-Z_]+)\"\)?(?! *=)", file.read_text())
+    }
+    ours = {"LOCAL_WORLD_SIZE", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"}  # Ray Train's
+    page = (ROOT / "docs" / "config.md").read_text()
+    assert not [name for name in read - ours if f"`{name}`" not in page]
 
 
 def test_json_lines_blocks_are_rows_that_can_be_read(tmp_path: Path) -> None:

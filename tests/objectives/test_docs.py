@@ -1,10 +1,12 @@
-"""The table of `docs/objectives.md` has every objective with its keys and defaults."""
+"""The table of `docs/objectives.md` has every objective with its source, its keys and their defaults."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from jpo_ray.config_objective import OBJECTIVES
+from jpo_ray.objectives import LOSSES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
 ROWS = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `") and "`objective`" not in line}
@@ -24,3 +26,17 @@ def test_a_row_says_what_the_config_takes(name: str) -> None:
     assert ("reference" in needs) == ("reference" in objective.reads)
     assert ("gaps" in needs, "embeddings" in needs) == ("gap" in objective.reads, "embedding" in objective.reads)
     assert joint.startswith("no" if objective.conditional_only else "yes")
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_a_row_and_its_docstring_name_the_same_source(name: str) -> None:
+    """Paper and equation; a docstring without an equation says that the number was not checked."""
+    row, said = ROWS[name].split("|")[2], LOSSES[name].__doc__ or ""
+    assert set(re.findall(r"/abs/(\d+\.\d+)", row)) <= set(re.findall(r"arXiv (\d+\.\d+)", said))
+    shown, told = re.search(r"Eq\. ([\d., ]+)", row), re.search(r"Equations? ([\d., and]+)", said)
+    assert _numbers(shown) == _numbers(told)
+    assert (told is None) == ("equation unchecked" in said)
+
+
+def _numbers(found: re.Match[str] | None) -> list[str]:
+    return re.findall(r"\d+(?:\.\d+)?", found[1]) if found else []
