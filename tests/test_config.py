@@ -237,7 +237,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         load_config(path)
     for text in ("", "- a\n", "words\n"):
         path.write_text(text)
-        with pytest.raises(InputError, match=r"config\.yaml: must be a mapping of sections \(seed, items, model, "):
+        with pytest.raises(InputError, match=r"config\.yaml: must be a mapping of sections \(seed, report_to, items, "):
             load_config(path)
 
 
