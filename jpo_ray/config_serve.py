@@ -33,7 +33,7 @@ class ScoringConfig(Section):
     replicas: Count = 1
     cpus_per_replica: NonNegative = 0.0  # reserved; with 0 scoring shares the cores of whoever is idle
     gpus_per_replica: NonNegative = 0.0
-    max_batch_items: Count = 64  # items of several requests that go through the model together
+    max_batch_items: Count = 64  # items of several requests that go through the model together; a larger one goes alone
     batch_wait_s: NonNegative = 0.005
     beta: Positive = 0.1  # of models that come without the manifest of their training
 
@@ -44,7 +44,7 @@ class ServeConfig(Section):
     adapters: dict[Name, str] = {}  # more adapters of the same base: name -> folder
     whole_models: dict[Name, str] = {}  # merged or fully trained models of the same tokenizer: name -> folder
     adapter_folders: list[str] = []  # whence a running server may add adapters, besides the run's own
-    state_dir: str | None = None  # the server's copies of adapters, and their list; default: RUN_DIR/serving
+    state_dir: str | None = None  # a folder below has the server's copies of adapters; default: RUN_DIR/serving
     max_adapters: Count = 8  # at a time
     max_lora_rank: Count = 8  # of adapters to come; those that are there at start may raise it; on CPUs it costs speed
 

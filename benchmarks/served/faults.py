@@ -28,36 +28,53 @@ async def overload(server: Server, seconds: float, most: int) -> str:
     """Ten times as many clients as the server takes at once. Who is refused asks again after the time that it is told;
     they begin spread over a second, so that they do not all ask in the same moments for ever.
     """
-    served, refused, other = [], [], 0
+    found: dict[str, list[float]] = {"served": [], "refused": [], "other": []}  # seconds that each took
     ends = time.monotonic() + seconds
 
     async def one_client(client: aiohttp.ClientSession, place: int) -> None:
-        nonlocal other
         await asyncio.sleep(place / (10 * most))
         while time.monotonic() < ends:
             began = time.monotonic()
-            async with client.post("/v1/completions", json=body("sft", place)) as reply:
-                status = reply.status
-                answer = await reply.json()
-            taken = time.monotonic() - began
-            if status == 200 and answer["usage"]["completion_tokens"] == NEW_TOKENS:
-                served.append(taken)
-            elif status == 429 and reply.headers["Retry-After"]:
-                refused.append(taken)
-                await asyncio.sleep(float(reply.headers["Retry-After"]))
-            else:
-                other += 1
+            kind, wait_s = await outcome(client, place)
+            found[kind].append(time.monotonic() - began)
+            await asyncio.sleep(wait_s)
 
     async with session(server) as client:
         await asyncio.gather(*(one_client(client, place) for place in range(10 * most)))
+        alive = await ready(client)
+    counts = ", ".join(f"{len(taken)} {kind}" for kind, taken in found.items())
+    shown = f"overload: {10 * most} clients for {seconds:g} s at a server of {most}: {counts}; "
+    refused = found["refused"]
+    if len(refused) > 1:
+        shown += (
+            f"refusals took {1000 * median(refused):.0f} ms (median), {1000 * quantiles(refused, n=100)[98]:.0f} ms "
+            f"(99 %), {1000 * max(refused):.0f} ms (longest); "
+        )
+    return f"{shown}alive after it: {alive}"
+
+
+async def outcome(client: aiohttp.ClientSession, place: int) -> tuple[str, float]:
+    """How a request ended, and the seconds to wait before the next. `other` is all that a client does not expect: a
+    broken connection, an answer that is not whole or no JSON, a refusal that names no time to wait.
+    """
+    try:
+        async with client.post("/v1/completions", json=body("sft", place)) as reply:
+            answer = await reply.json()
+            if reply.status == 200 and answer["usage"]["completion_tokens"] == NEW_TOKENS:
+                return "served", 0
+            if reply.status == 429:
+                return "refused", float(reply.headers["Retry-After"])
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
+        pass
+    return "other", 1  # so that a server that is gone is not asked without a pause
+
+
+async def ready(client: aiohttp.ClientSession) -> bool:
+    try:
         async with client.get("/ready") as reply:
-            alive = reply.status == 200
-    p99 = quantiles(refused, n=100)[98]
-    return (
-        f"overload: {10 * most} clients for {seconds:g} s at a server of {most}: {len(served)} served, "
-        f"{len(refused)} refused, {other} otherwise; refusals took {1000 * median(refused):.0f} ms (median), "
-        f"{1000 * p99:.0f} ms (99 %), {1000 * max(refused):.0f} ms (longest); alive after it: {alive}"
-    )
+            return reply.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False
 
 
 async def kill(server: Server, seconds: float) -> str:

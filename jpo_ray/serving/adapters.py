@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jpo_ray.config_base import NAME_PATTERN
@@ -20,6 +20,7 @@ from jpo_ray.serving.adapter_checks import WEIGHTS, AdapterError, Shapes, check_
 from jpo_ray.serving.models import ADAPTER_CONFIG, Adapter, beta_beside
 
 LIST = "adapters.json"
+RUNNING = ".running"
 NAME = re.compile(NAME_PATTERN)
 
 
@@ -28,7 +29,7 @@ class Listed:
     """An adapter on the list."""
 
     name: str
-    folder: str  # the server's copy
+    folder: str  # the server's copy; its own before there is one
     rank: int
     beta: float
     source: str
@@ -45,17 +46,22 @@ class AdapterStore:
 
     def begin(self, adapters: Sequence[Adapter]) -> dict[str, Listed]:
         """Start with these and no others. Raises `AdapterError` for one that cannot be served."""
+        self.checked(adapters)
         self.root.mkdir(parents=True, exist_ok=True)
-        if len(adapters) > self._max_adapters:
-            raise AdapterError(f"{len(adapters)} adapters, and max_adapters is {self._max_adapters}; raise it")
         listed = {adapter.name: self._copied(adapter) for adapter in adapters}
-        with self._locked():
+        with _locked(self.root):
             self._write(listed)
         kept = {Path(entry.folder).name for entry in listed.values()}
         for folder in (self.root / "adapters").glob("*"):
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)  # of a server before this one
         return listed
+
+    def checked(self, adapters: Sequence[Adapter]) -> list[Listed]:
+        """These where they lie, with nothing written. Raises `AdapterError` for one that cannot be served."""
+        if len(adapters) > self._max_adapters:
+            raise AdapterError(f"{len(adapters)} adapters, and max_adapters is {self._max_adapters}; raise it")
+        return [self._checked(adapter) for adapter in adapters]
 
     def listed(self) -> dict[str, Listed]:
         """The adapters now, by name: read again where the list was replaced."""
@@ -75,7 +81,7 @@ class AdapterStore:
 
     def add(self, entry: Listed) -> None:
         """Put a prepared adapter on the list. Raises `AdapterError` where the name is taken or the list is full."""
-        with self._locked():
+        with _locked(self.root):
             now = dict(self.listed())
             if entry.name in now:
                 raise AdapterError(f"there is an adapter `{entry.name}` already; remove it first", 409)
@@ -85,16 +91,20 @@ class AdapterStore:
 
     def remove(self, name: str) -> None:
         """Take an adapter off the list. Raises `AdapterError` where there is none of that name."""
-        with self._locked():
+        with _locked(self.root):
             now = dict(self.listed())
             if name not in now:
                 raise AdapterError("there is no adapter of that name", 404)
             del now[name]
             self._write(now)
 
-    def _copied(self, adapter: Adapter) -> Listed:
+    def _checked(self, adapter: Adapter) -> Listed:
         rank = check_adapter(adapter.folder, self._shapes, self._max_rank)
         beta = adapter.beta or beta_beside(adapter.folder) or self._beta
+        return Listed(adapter.name, str(adapter.folder), rank, beta, str(adapter.folder))
+
+    def _copied(self, adapter: Adapter) -> Listed:
+        entry = self._checked(adapter)
         digest = hash_file(adapter.folder / WEIGHTS)[:16] + hash_file(adapter.folder / ADAPTER_CONFIG)[:8]
         target = self.root / "adapters" / f"{adapter.name}-{digest}"
         if not target.is_dir():
@@ -108,16 +118,49 @@ class AdapterStore:
             except OSError:  # another replica was quicker
                 shutil.rmtree(building)
         assert set(file_hashes(target)) == {ADAPTER_CONFIG, WEIGHTS}
-        return Listed(adapter.name, str(target), rank, beta, str(adapter.folder))
+        return replace(entry, folder=str(target))
 
     def _write(self, listed: dict[str, Listed]) -> None:
         write_json(self.root / LIST, {name: asdict(entry) for name, entry in listed.items()})
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self.root / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+
+@contextmanager
+def own_folder(root: Path) -> Iterator[Path]:
+    """A folder below `root` for this process's server alone, until the block ends.
+
+    What servers left that were killed is cleared away: nobody locks their folders any more.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"server-{secrets.token_hex(8)}"
+    with _locked(root):
+        for other in root.glob("server-*"):
+            if not _running(other):
+                shutil.rmtree(other, ignore_errors=True)
+        folder.mkdir()
+        running = (folder / RUNNING).open("a")
+        fcntl.flock(running, fcntl.LOCK_EX)
+    with running:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _running(folder: Path) -> bool:
+    """Whether the server of that folder still holds its lock."""
+    try:
+        with (folder / RUNNING).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held; or another user's, which is not this one's to clear away
+        return True
+    return False
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    with (root / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _inside(folder: str, allowed: Sequence[Path]) -> Path:

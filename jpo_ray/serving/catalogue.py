@@ -69,11 +69,14 @@ class Catalogue:
                 yield answers
 
     async def score(self, name: str, items: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        """Implicit rewards of instruction-response pairs under a model."""
+        """Implicit rewards of instruction-response pairs under a model. Raises `UnknownModel`."""
         if self._scorer is None:
             raise AdapterError("this server does not score (scoring: null)", 404)
         self.card(name)
-        return await self._scorer.score.remote(name, items)  # type: ignore[no-any-return]
+        scores: list[dict[str, Any]] | None = await self._scorer.score.remote(name, items)
+        if scores is None:  # removed since the line above
+            raise UnknownModel(name)
+        return scores
 
     async def add_adapter(self, name: str, folder: str) -> list[str]:
         """Add an adapter to all replicas; returns what is odd about it. Raises `AdapterError`."""

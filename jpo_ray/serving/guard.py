@@ -73,7 +73,6 @@ class Guard:
         token = request_id.set(identity)
         reply = _Reply(send, identity, self._allowed_origin(headers))
         started = time.monotonic()
-        self._telemetry.begin(self.under_way)
         try:
             refusal = self._refusal(scope, headers)
             if refusal is None:
@@ -92,7 +91,7 @@ class Guard:
             wait = str(self._limits.retry_after_s).encode()
             await reply.refuse(Refusal(429, "too many requests are under way; try again", ((b"retry-after", wait),)))
             return
-        self.under_way += counted
+        self._count(counted)
         try:
             await self._app(scope, _limited(receive, self._limits.max_body_bytes), reply.send)
         except TooLarge:
@@ -103,7 +102,11 @@ class Guard:
                 raise
             await reply.refuse(Refusal(500, f"the server failed ({type(error).__name__})"))
         finally:
-            self.under_way -= counted
+            self._count(-counted)
+
+    def _count(self, change: int) -> None:
+        self.under_way += change
+        self._telemetry.under_way(self.under_way)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Refusal | None:
         """Why a request is not let in, or None."""

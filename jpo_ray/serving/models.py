@@ -74,8 +74,14 @@ def _whole_models(config: ServeConfig, base: Path) -> list[Adapter]:
     for name, given in config.whole_models.items():
         key = f"whole_models.{name}"
         folder = resolve_model(given, key)
-        if (folder / "tokenizer_config.json").exists() and _tokens_of(folder) != _tokens_of(base):
-            raise InputError(f"{key}: {folder} has another tokenizer than {base}, and all models share one")
+        if (folder / "tokenizer_config.json").exists():
+            if _tokens_of(folder) != _tokens_of(base):
+                raise InputError(f"{key}: {folder} has another tokenizer than {base}, and all models share one")
+        elif (own := _vocab_size(folder)) != (shared := _vocab_size(base)):
+            raise InputError(
+                f"{key}: {folder} has no tokenizer and a vocabulary of {own} tokens; that of {base}, which all models "
+                f"share, has {shared}"
+            )
         found.append(Adapter(name, folder, beta_beside(folder)))
     return found
 
@@ -86,6 +92,14 @@ def _tokens_of(folder: Path) -> tuple[dict[str, int], int | None, int | None]:
 
     tokenizer = load_tokenizer(folder)
     return tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id
+
+
+def _vocab_size(folder: Path) -> int | None:
+    """Tokens that a model's config speaks of."""
+    from transformers import AutoConfig
+
+    size: int | None = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "vocab_size", None)
+    return size
 
 
 def is_adapter(folder: Path) -> bool:

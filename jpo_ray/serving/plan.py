@@ -1,17 +1,19 @@
 """What is deployed: from a config and the models it names to the engines, all checked before anything starts."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jpo_ray.cluster.sampling import VLLM_BATCH_TOKENS, VLLM_CPU_ENV, VLLM_LORA_RANKS, require_vllm
-from jpo_ray.config_serve import ServeConfig
+from jpo_ray.config_serve import ScoringConfig, ServeConfig
 from jpo_ray.data.tokens import Layout
 from jpo_ray.errors import InputError
 from jpo_ray.runs import run_root
 from jpo_ray.serving.adapter_checks import AdapterError, base_shapes
-from jpo_ray.serving.adapters import AdapterStore, Listed
-from jpo_ray.serving.models import BASE, Offer, find_models
+from jpo_ray.serving.adapters import AdapterStore, Listed, own_folder
+from jpo_ray.serving.models import BASE, Adapter, Offer, find_models
 from jpo_ray.store import location
 
 LONGEST_DEFAULT = 4096  # tokens, where neither config nor model says less
@@ -38,9 +40,9 @@ class Plan:
     max_model_len: int
     max_adapters: int
     max_rank: int
-    state_dir: str
+    state_dir: str  # below which every server has a folder of its own; that folder once it has `begun`
     adapter_folders: list[str]
-    adapters: list[Listed]
+    adapters: list[Listed]  # where they lie; the server's copies once it has `begun`
     keys_required: bool
     warnings: list[str]
 
@@ -52,7 +54,7 @@ class Plan:
 
 
 def make_plan(config: ServeConfig, *, keys_required: bool) -> Plan:
-    """Find and check all models, copy the adapters. Raises `InputError`."""
+    """Find and check all models; nothing is written yet. Raises `InputError`."""
     require_vllm("serve")
     offer = find_models(config)
     engines = [EnginePlan(BASE, str(offer.base), None, takes_adapters=True)]
@@ -65,11 +67,9 @@ def make_plan(config: ServeConfig, *, keys_required: bool) -> Plan:
     shapes = base_shapes(offer.base)
     store = AdapterStore(state, shapes, max_adapters=config.max_adapters, max_rank=VLLM_LORA_RANKS[-1], beta=beta)
     try:
-        listed = store.begin(offer.adapters)
-    except AdapterError as error:
+        adapters = store.checked(offer.adapters)
+    except (AdapterError, OSError) as error:
         raise InputError(f"adapters: {error}") from error
-    except OSError as error:
-        raise InputError(f"state_dir {state}: cannot be written ({error.strerror}); set state_dir") from error
     run_folders = [str((run_folder / "train").resolve())] if config.run_dir else []
     return Plan(
         engines=engines,
@@ -78,13 +78,42 @@ def make_plan(config: ServeConfig, *, keys_required: bool) -> Plan:
         dtype=offer.dtype,
         max_model_len=max_model_len,
         max_adapters=config.max_adapters,
-        max_rank=_rank([config.max_lora_rank, *(entry.rank for entry in listed.values())]),
+        max_rank=_rank([config.max_lora_rank, *(entry.rank for entry in adapters)]),
         state_dir=str(state),
         adapter_folders=[*run_folders, *(str(Path(f).expanduser().resolve()) for f in config.adapter_folders)],
-        adapters=list(listed.values()),
+        adapters=adapters,
         keys_required=keys_required,
         warnings=offer.warnings,
     )
+
+
+@contextmanager
+def server_folder(plan: Plan) -> Iterator[Path]:
+    """A folder for this server's adapters, which no other one reads or writes. Raises `InputError`."""
+    with ExitStack() as stack:
+        with _written(plan.state_dir):
+            folder = stack.enter_context(own_folder(Path(plan.state_dir)))
+        yield folder
+
+
+def begun(plan: Plan, folder: Path) -> Plan:
+    """The plan with its adapters copied into `folder`, where their list begins with them. Raises `InputError`."""
+    plan = replace(plan, state_dir=str(folder))
+    adapters = [Adapter(entry.name, Path(entry.source), entry.beta) for entry in plan.adapters]
+    try:
+        with _written(plan.state_dir):
+            listed = plan.store(ScoringConfig().beta).begin(adapters)
+    except AdapterError as error:
+        raise InputError(f"adapters: {error}") from error
+    return replace(plan, adapters=list(listed.values()))
+
+
+@contextmanager
+def _written(state: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"state_dir {state}: cannot be written ({error.strerror}); set state_dir") from error
 
 
 def engine_options(plan: Plan, config: ServeConfig, engine: EnginePlan) -> dict[str, Any]:

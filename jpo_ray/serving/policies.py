@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jpo_ray.data.tokens import TokenizedItems, tokenize
-from jpo_ray.serving.adapters import AdapterStore
-from jpo_ray.serving.plan import Plan
+from jpo_ray.serving.adapters import AdapterStore, Listed
+from jpo_ray.serving.plan import EnginePlan, Plan
 
 PASS_TOKENS = 4096  # that go through the model at a time
 PARTS = ("instruction", "response")
@@ -31,8 +31,14 @@ class Policies:
         for entry in plan.adapters:
             self._adapter(entry.folder)
 
-    def score(self, asked: Sequence[Asked]) -> list[list[dict[str, Any]]]:
+    def score(self, asked: Sequence[Asked]) -> list[list[dict[str, Any]] | None]:
         """What `Scorer.score` gives, for several requests: the reference scores all their items in one go."""
+        models = {name: self._found(name) for name in dict.fromkeys(name for name, _ in asked)}
+        known = [(name, some) for name, some in asked if models[name] is not None]
+        scores = iter(self._of_known(known, models) if known else [])
+        return [next(scores) if models[name] is not None else None for name, _ in asked]
+
+    def _of_known(self, asked: Sequence[Asked], models: dict[str, Any]) -> list[list[dict[str, Any]]]:
         items = list(dict.fromkeys(item for _, some in asked for item in some))
         tokens = self._tokens(items)
         reference = self._reference(tokens)
@@ -41,13 +47,20 @@ class Policies:
         answers = []
         for model in dict.fromkeys(name for name, _ in asked):
             rows = sorted({row_of[item] for name, some in asked if name == model for item in some})
-            found[model] = self._of_model(model, tokens, rows, reference)
+            found[model] = self._of_model(models[model], tokens, rows, reference)
         for name, some in asked:
             answers.append([found[name][row_of[item]] for item in some])
         return answers
 
-    def _of_model(self, name: str, tokens: TokenizedItems, rows: list[int], reference: Any) -> list[dict[str, Any]]:
-        beta, policy = self._policy(name, tokens, rows)
+    def _found(self, name: str) -> EnginePlan | Listed | None:
+        """The model of that name; None for an adapter that was taken off the list since it was asked for."""
+        engine = next((engine for engine in self._plan.engines if engine.name == name), None)
+        return engine or self._store.listed().get(name)
+
+    def _of_model(
+        self, model: EnginePlan | Listed, tokens: TokenizedItems, rows: list[int], reference: Any
+    ) -> list[dict[str, Any]]:
+        beta, policy = self._policy(model, tokens, rows)
         results: list[dict[str, Any]] = [{} for _ in range(len(tokens))]
         for place, row in enumerate(rows):
             ratio = (policy[place] - reference[row]) if policy is not None else np.zeros(2)
@@ -59,16 +72,14 @@ class Policies:
             results[row] = {**parts, **counts, "beta": beta}
         return results
 
-    def _policy(self, name: str, tokens: TokenizedItems, rows: list[int]) -> tuple[float, Any]:
+    def _policy(self, model: EnginePlan | Listed, tokens: TokenizedItems, rows: list[int]) -> tuple[float, Any]:
         """Beta and log-probs float64[rows, 2] of a model; None for the reference itself."""
-        whole = next((engine for engine in self._plan.engines if engine.name == name), None)
-        if whole is not None and whole.takes_adapters:
+        if isinstance(model, Listed):
+            self._model.set_adapter(self._adapter(model.folder))
+            return model.beta, self._pass(self._scorer, tokens, rows)
+        if model.takes_adapters:
             return 0.0, None
-        if whole is not None:
-            return float(whole.beta or 0.0), self._pass(self._whole_scorer(name, whole.folder), tokens, rows)
-        entry = self._store.listed()[name]
-        self._model.set_adapter(self._adapter(entry.folder))
-        return entry.beta, self._pass(self._scorer, tokens, rows)
+        return float(model.beta or 0.0), self._pass(self._whole_scorer(model.name, model.folder), tokens, rows)
 
     def _reference(self, tokens: TokenizedItems) -> Any:
         from jpo_ray.engine.scoring import make_scorer

@@ -1,9 +1,10 @@
 """From a request to the token ids that the engine is given: those of training."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from jpo_ray.data.tokens import Layout, prompt_ids, raw_ids
-from jpo_ray.serving.bodies import BodyError, ChatBody, CompletionBody
+from jpo_ray.data.tokens import Layout, prompt_ids, raw_ids, response_ids
+from jpo_ray.serving.bodies import BodyError, ChatBody, CompletionBody, Item
 
 
 class Prompts:
@@ -12,7 +13,8 @@ class Prompts:
     def __init__(self, tokenizer: Any, layout: Layout, max_model_len: int) -> None:
         self._tokenizer, self._layout, self._max_model_len = tokenizer, layout, max_model_len
         self._vocabulary = len(tokenizer)
-        self._most_characters = max_model_len * max(map(len, tokenizer.get_vocab()))
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
+        self._most_characters = max_model_len * self._longest_token
 
     def of_chat(self, body: ChatBody) -> list[int]:
         """Ids of a conversation under the training template. Raises `BodyError` where it is too long."""
@@ -33,6 +35,21 @@ class Prompts:
                 raise BodyError(f"prompt: token {max(row)}, and the vocabulary has {self._vocabulary}", "prompt")
             self._require_room(row, "prompt")
         return ids
+
+    def require_scorable(self, items: Mapping[str, Item]) -> None:
+        """Raise `BodyError` where an item, by its field, is longer than any of training: a part would be scored."""
+        most = self._layout.max_length
+        takes = f"and scores are of at most {most} tokens of instruction and response together"
+        for field, item in items.items():
+            characters = max(len(item.instruction), len(item.response))
+            if characters > most * self._longest_token:
+                raise BodyError(f"{field}: {characters} characters, {takes}", field)
+        instructions = [item.instruction for item in items.values()]
+        prompts = prompt_ids(self._tokenizer, self._layout, instructions)
+        responses = response_ids(self._tokenizer, self._layout, [item.response for item in items.values()])
+        for field, prompt, response in zip(items, prompts, responses, strict=True):
+            if (length := len(prompt) + len(response)) > most:
+                raise BodyError(f"{field}: {length} tokens, {takes}", field)
 
     def room(self, prompts: list[list[int]], asked: int, *, wanted: bool) -> int:
         """Tokens of answer to give: those asked for. Raises `BodyError` where they are `wanted` and do not fit."""

@@ -120,12 +120,14 @@ class Routes:
 
     async def score(self, request: Request) -> Response:
         body = read_body(ScoreBody, await request.body())
-        results = await self._scores(body.model, body.items)
+        items = {f"items.{index}": item for index, item in enumerate(body.items)}
+        results = await self._scores(body.model, items, len(await request.body()))
         return JSONResponse({"object": "list", "model": body.model, "data": scored(results)})
 
     async def compare(self, request: Request) -> Response:
         body = read_body(CompareBody, await request.body())
-        results = await self._scores(body.model, [item for pair in body.pairs for item in (pair.a, pair.b)])
+        items = {f"pairs.{n}.{side}": item for n, pair in enumerate(body.pairs) for side, item in pair}
+        results = await self._scores(body.model, items, len(await request.body()))
         data = compared(results, [pair.a.instruction == pair.b.instruction for pair in body.pairs])
         return JSONResponse({"object": "list", "model": body.model, "data": data})
 
@@ -139,11 +141,13 @@ class Routes:
         await self._catalogue.remove_adapter(name)
         return JSONResponse({"id": name, "object": "model", "deleted": True})
 
-    async def _scores(self, model: str, items: list[Item]) -> list[dict[str, Any]]:
+    async def _scores(self, model: str, items: dict[str, Item], size: int) -> list[dict[str, Any]]:
+        """Of items by their field in a body of so many bytes."""
         most = self._config.limits.max_items
         if len(items) > most:
             raise BodyError(f"{len(items)} instruction-response pairs, and this server takes {most} at a time")
-        return await self._catalogue.score(model, [(item.instruction, item.response) for item in items])
+        await _tokenized(self._prompts.require_scorable, items, size)
+        return await self._catalogue.score(model, [(item.instruction, item.response) for item in items.values()])
 
     async def _whole(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
         async with self._catalogue.generating(kind, fields, request_id.get()) as answers:

@@ -13,7 +13,7 @@ from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.errors import InputError
 from jpo_ray.serving.keys import read_keys, require_keys
-from jpo_ray.serving.plan import Plan, make_plan
+from jpo_ray.serving.plan import Plan, begun, make_plan, server_folder
 from jpo_ray.stopping import sigterm_stops
 
 
@@ -33,8 +33,9 @@ def serve_run(config: ServeConfig, console: Console) -> None:
     proxy_port = _free_port(config.model_copy(update={"port": 0})) if direct else port
     from jpo_ray.cluster.session import ray_session
 
-    with ray_session(ClusterConfig(address=config.address)) as ray, sigterm_stops():
+    with server_folder(plan) as folder, ray_session(ClusterConfig(address=config.address)) as ray, sigterm_stops():
         _require_room(ray, plan, config)
+        plan = begun(plan, folder)
         try:
             _start(plan, config, proxy_port)
             _announce(plan, config, port, len(keys), console)

@@ -10,6 +10,13 @@ from jpo_ray.serving.plan import Plan
 from jpo_ray.serving.policies import Asked, Policies
 
 
+def batch_size(asked: list[Asked]) -> int:
+    """Items of the requests together; 1 for a request alone, however many it has, since Serve refuses what is larger
+    than a batch.
+    """
+    return sum(len(items) for _, items in asked) if len(asked) > 1 else 1
+
+
 class Scorer:
     """Scores under every model of the endpoint. A Serve deployment."""
 
@@ -22,12 +29,15 @@ class Scorer:
         self._at_once.set_max_batch_size(config.max_batch_items)
         self._at_once.set_batch_wait_timeout_s(config.batch_wait_s)
 
-    async def score(self, model: str, items: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        """Of each item: parts of its implicit reward, their token counts, and the beta in them."""
+    async def score(self, model: str, items: list[tuple[str, str]]) -> list[dict[str, Any]] | None:
+        """Of each item: parts of its implicit reward, their token counts, and the beta in them.
+
+        None where the model was removed meanwhile.
+        """
         return await self._at_once((model, items))  # type: ignore[no-any-return]
 
-    @serve.batch  # type: ignore[untyped-decorator]
-    async def _at_once(self, asked: list[Asked]) -> list[list[dict[str, Any]]]:
+    @serve.batch(batch_size_fn=batch_size)  # type: ignore[untyped-decorator]
+    async def _at_once(self, asked: list[Asked]) -> list[list[dict[str, Any]] | None]:
         return await asyncio.to_thread(self._policies.score, asked)
 
     async def check_health(self) -> None:

@@ -13,8 +13,8 @@ class Telemetry:
         self._first = Histogram("jpo_serve_first_token_seconds", "time to the first token", SECONDS, ("model",))
         self._under_way = Gauge("jpo_serve_under_way", "requests that were let in and are not answered yet")
 
-    def begin(self, under_way: int) -> None:
-        self._under_way.set(under_way)
+    def under_way(self, requests: int) -> None:
+        self._under_way.set(requests)
 
     def end(self, path: str, status: int, seconds: float) -> None:
         path = path if path in PATHS else "other"

@@ -56,6 +56,8 @@ WRONG_ITEMS: list[Any] = [
     [{"instruction": "", "response": "r"}], [{"instruction": "i", "response": ""}],
     [{"instruction": 1, "response": "r"}],
     [{"instruction": "\ud800", "response": "r"}], [[ITEM]],
+    [{"instruction": "word " * 900, "response": "r"}], [ITEM, {"instruction": "i", "response": "word " * 900}],
+    [{"instruction": "word " * 150_000, "response": "r"}],
 ]  # fmt: skip
 
 

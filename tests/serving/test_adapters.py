@@ -10,7 +10,7 @@ import pytest
 
 from jpo_ray.engine.adapters import record_base
 from jpo_ray.serving.adapter_checks import WEIGHTS, AdapterError, Shapes, base_shapes, check_adapter
-from jpo_ray.serving.adapters import ADAPTER_CONFIG, AdapterStore
+from jpo_ray.serving.adapters import ADAPTER_CONFIG, AdapterStore, own_folder
 from jpo_ray.serving.models import Adapter
 from serving.conftest import STORE, store_of
 from serving.endpoint import Endpoint
@@ -49,6 +49,28 @@ def test_an_adapter_is_copied_and_listed(good: Path, store: AdapterStore) -> Non
     assert store.listed() == {}
     with pytest.raises(AdapterError, match="no adapter of that name"):
         store.remove("mine")
+
+
+def test_servers_have_folders_of_their_own(good: Path, shapes: Shapes, tmp_path: Path) -> None:
+    """A second server leaves the first one's list and copies alone, and clears away what a killed one left."""
+
+    def started(folder: Path, *names: str) -> AdapterStore:
+        made = AdapterStore(folder, shapes, max_adapters=2, max_rank=8, beta=0.3)
+        made.begin([Adapter(name, good, None) for name in names])
+        return made
+
+    killed = tmp_path / "server-killed"
+    started(killed, "old")
+    with own_folder(tmp_path) as first:
+        assert not killed.exists()
+        store = started(first, "one")
+        with own_folder(tmp_path) as second:
+            started(second)
+            assert second != first
+            assert Path(store.listed()["one"].folder).is_dir()
+        assert not second.exists()
+        assert list(AdapterStore(first, {}, max_adapters=2, max_rank=8, beta=0.1).listed()) == ["one"]
+    assert list(tmp_path.glob("server-*")) == []
 
 
 def test_names_and_room(good: Path, store: AdapterStore) -> None:

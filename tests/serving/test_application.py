@@ -6,7 +6,7 @@ import pytest
 
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.errors import InputError
-from jpo_ray.serving.plan import EnginePlan, Plan, engine_environment, engine_options, make_plan
+from jpo_ray.serving.plan import EnginePlan, Plan, begun, engine_environment, engine_options, make_plan, server_folder
 from serving.served_run import RANKS, make_run
 
 pytest.importorskip("vllm")
@@ -30,6 +30,27 @@ def test_one_engine_holds_the_base_and_a_slot_more_than_there_are_adapters(run: 
     assert options["max_lora_rank"] == 8 == max(RANKS.values())
     assert (options["dtype"], options["max_num_seqs"], options["tokenizer"]) == ("float32", 7, str(run / "sft"))
     assert engine_environment(config, 2)["OMP_NUM_THREADS"] == "2"
+
+
+def test_nothing_is_written_before_the_server_begins(run: Path, tmp_path: Path) -> None:
+    plan, _ = planned(run, state_dir=str(tmp_path / "state"))
+    assert [entry.folder for entry in plan.adapters] == [str(run / "train" / name) for name in ("dpo.one", "jpo")]
+    assert list(tmp_path.iterdir()) == []
+    with server_folder(plan) as folder:
+        assert [path.name for path in folder.iterdir()] == [".running"]
+        served = begun(plan, folder)
+        assert (served.state_dir, folder.parent) == (str(folder), tmp_path / "state")
+        assert all(Path(entry.folder).is_relative_to(folder) for entry in served.adapters)
+        assert [(entry.name, entry.beta) for entry in served.adapters] == [("dpo.one", 0.2), ("jpo", 0.5)]
+        assert served.store(0.1).listed() == {entry.name: entry for entry in served.adapters}
+    assert not folder.exists()
+
+
+def test_folders_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    plan, _ = planned(run, state_dir=str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"state_dir .*: cannot be written"), server_folder(plan):
+        pass
 
 
 def test_the_rank_is_one_that_vllm_has(run: Path) -> None:

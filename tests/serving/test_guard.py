@@ -19,8 +19,14 @@ JSON = {"content-type": "application/json"}
 BEARER = {"authorization": f"Bearer {KEY}"}
 
 
-class NoTelemetry:
-    def begin(self, under_way: int) -> None: ...
+class Recorded:
+    """Telemetry that remembers how many requests it was told of."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def under_way(self, requests: int) -> None:
+        self.seen.append(requests)
 
     def end(self, path: str, status: int, seconds: float) -> None: ...
 
@@ -35,9 +41,9 @@ async def echo(_: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": str(size).encode()})
 
 
-def guarded(app: Any = echo, keys: list[str] | None = None, **config: Any) -> Guard:
+def guarded(app: Any = echo, keys: list[str] | None = None, telemetry: Any = None, **config: Any) -> Guard:
     given = [KEY, OTHER] if keys is None else keys
-    return Guard(app, ServeConfig(**config), Keys(given), NoTelemetry())  # type: ignore[arg-type]
+    return Guard(app, ServeConfig(**config), Keys(given), telemetry or Recorded())
 
 
 def asked(
@@ -176,6 +182,8 @@ def test_a_line_is_logged_for_each_request_and_no_key(lines: Callable[[], list[l
 
 
 def test_more_requests_than_the_limit_are_told_to_wait() -> None:
+    telemetry = Recorded()
+
     async def scenario() -> list[int]:
         release, begun = asyncio.Event(), asyncio.Event()
 
@@ -184,7 +192,7 @@ def test_more_requests_than_the_limit_are_told_to_wait() -> None:
             await release.wait()
             await echo(scope, receive, send)
 
-        guard = guarded(slow, limits=Limits(max_requests=2, retry_after_s=3))
+        guard = guarded(slow, telemetry=telemetry, limits=Limits(max_requests=2, retry_after_s=3))
         transport = httpx.ASGITransport(guard)
         base = "http://127.0.0.1"
         async with httpx.AsyncClient(transport=transport, base_url=base, headers=JSON | BEARER) as session:
@@ -201,6 +209,16 @@ def test_more_requests_than_the_limit_are_told_to_wait() -> None:
             return [refused.status_code, *done, again.status_code]
 
     assert asyncio.run(scenario()) == [429, 200, 200, 200]
+    assert telemetry.seen == [1, 2, 1, 0, 1, 0]  # after each change; who is refused is none
+
+
+def test_requests_that_crash_are_no_longer_under_way() -> None:
+    async def crashing(*_: Any) -> None:
+        raise RuntimeError
+
+    telemetry = Recorded()
+    asked(guarded(crashing, telemetry=telemetry), "/v1/score", "POST", headers=JSON | BEARER, content=b"{}")
+    assert telemetry.seen == [1, 0]
 
 
 def test_a_crash_is_an_answer_without_its_reasons() -> None:

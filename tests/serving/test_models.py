@@ -110,6 +110,12 @@ def test_whole_models_from_elsewhere(run: Path, llama: Path, gpt2: Path, tmp_pat
     for file in merged.glob("tokenizer*"):
         file.unlink()
     assert [entry.name for entry in offered(run, whole_models={"merged": str(merged)}).full] == ["merged"]
+    config = read_json(merged / "config.json")
+    write_json(merged / "config.json", config | {"vocab_size": config["vocab_size"] + 1})
+    with pytest.raises(
+        InputError, match=r"whole_models.merged: .* has no tokenizer and a vocabulary of \d+ tokens; that"
+    ):
+        offered(run, whole_models={"merged": str(merged)})
     with pytest.raises(InputError, match=r"whole_models.other: .* has another tokenizer than"):
         offered(run, whole_models={"other": str(gpt2)})
     with pytest.raises(InputError, match=r"whole_models.gone: .*: no such folder"):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from jpo_ray.data.tokens import prompt_ids
+from jpo_ray.data.tokens import prompt_ids, tokenize
 from jpo_ray.engine.model import load_tokenizer
-from jpo_ray.serving.bodies import Body, BodyError, ChatBody, CompletionBody, read_body
+from jpo_ray.serving.bodies import Body, BodyError, ChatBody, CompletionBody, Item, read_body
 from jpo_ray.serving.prompts import Prompts
 from serving.served_run import LAYOUT
 
@@ -57,6 +57,31 @@ def test_prompts_that_do_not_fit(prompts: Prompts, body: Body, message: str) -> 
         _ = prompts.of_chat(body) if isinstance(body, ChatBody) else prompts.of_completion(body)  # type: ignore[arg-type]
     assert error.value.status == 422
     assert time.process_time() - began < 0.5
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (Item(instruction="word " * 300, response="r"), r"^items\.1: \d+ tokens, and scores are of at most 256 tokens"),
+        (Item(instruction="i", response="word " * 300), r"^items\.1: \d+ tokens, and scores are of at most 256 tokens"),
+        (Item(instruction="i", response="a" * 990_000), r"^items\.1: 990000 characters, and scores are of at most 256"),
+    ],
+)
+def test_items_that_would_be_cut_are_not_scored(prompts: Prompts, item: Item, message: str) -> None:
+    with pytest.raises(BodyError, match=message) as error:
+        prompts.require_scorable({"items.0": Item(instruction="i", response="r"), "items.1": item})
+    assert (error.value.status, error.value.param) == (422, "items.1")
+
+
+def test_items_are_scorable_up_to_the_length_of_training(prompts: Prompts, tokenizer: Any) -> None:
+    def tokens(words: int) -> Any:
+        return tokenize(tokenizer, LAYOUT, ["i"], ["a " * words])
+
+    most = max(words for words in range(1, 300) if not tokens(words).truncated)
+    assert tokens(most).lengths[0] <= LAYOUT.max_length
+    prompts.require_scorable({"items.0": Item(instruction="i", response="a " * most)})
+    with pytest.raises(BodyError):
+        prompts.require_scorable({"items.0": Item(instruction="i", response="a " * (most + 1))})
 
 
 def test_room_for_the_answer(prompts: Prompts) -> None:
