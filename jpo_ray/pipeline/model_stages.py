@@ -10,6 +10,7 @@ from jpo_ray.config import TrainConfig
 from jpo_ray.data.tokens import tokenize, tokenizer_hash
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
+from jpo_ray.pairs.members import short_items
 from jpo_ray.pipeline.base_model import base_facts, base_model, base_specs
 from jpo_ray.pipeline.console import Bar, progress_bar
 from jpo_ray.pipeline.context import Context, Spec
@@ -67,6 +68,8 @@ def reference_specs(context: Context) -> list[Spec]:
         "mismatched": mismatched,
         "seed": context.config.seed if mismatched else 0,
     }
+    if limit := context.config.pairs.max_item_characters:  # without one, artifacts made before stay what they are
+        slice_["max_item_characters"] = limit
     return [Spec("reference", "reference", inputs, slice_, lambda out: _reference(context, out, mismatched))]
 
 
@@ -80,6 +83,10 @@ def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
     model, cache = context.config.model, cache_folder()
     folder = sft_model(context)[0]
     table = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
+    limit = context.config.pairs.max_item_characters
+    table = short_items(table, limit, model)  # longer ones are compared with nothing
+    if not len(table):
+        raise InputError(f"pairs.max_item_characters: no item has at most {limit}, so there is nothing to compare")
     rows, sources = reference_rows(table, context.config.seed, mismatched=mismatched)
     tokenizer = load_tokenizer(folder)
     layout = layout_of(model)

@@ -81,7 +81,7 @@ def _reference(config: RunConfig, counts: Counts, shapes: ModelShapes | None, sp
     tokens = whole(product(counts.tokens.compared, both))
     return StageCost(
         "reference",
-        items=whole(product(total([split.items for split in counts.splits.values()]), both)),
+        items=whole(product(total([split.short for split in counts.splits.values()]), both)),
         tokens=tokens,
         memory_gib=reference_gib(config, shapes) if shapes else None,
         seconds=_seconds(tokens, shapes.multiplied * FORWARD if shapes else None, speed["reference"]),

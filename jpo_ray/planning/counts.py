@@ -26,6 +26,7 @@ class Split:
     conditional: int | None = None  # pairs
     joint: int | None = None
     golds: int | None = None  # instructions with a gold response
+    short: int | None = None  # items that pairs.max_item_characters leaves: those that the reference scores
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def count_all(
         preferences, origin = _labelled(config, short, labels, splits["train"]), COUNTED
     else:
         preferences, origin = expected_preferences(config, splits["train"])
-    number = total([split.items for split in splits.values()])
-    tokens = count_tokens(config, items, counted, tokenizer, number, fine_tuning)
+    number = total([split.short for split in splits.values()])
+    tokens = count_tokens(config, items, short, counted, tokenizer, number, fine_tuning)
     return Counts(splits, fine_tuning, preferences, origin, tokens)
 
 
@@ -89,6 +90,7 @@ def _counted_split(
         conditional=conditional,
         joint=joint,
         golds=len(pc.unique(here.filter(here["gold"])["instruction_id"])),
+        short=len(rows),
     )
 
 
@@ -104,7 +106,7 @@ def _joint_pairs(config: RunConfig, split: str, rows: list[dict[str, Any]], labe
 def _stated_split(config: RunConfig, split: str) -> Split:
     """By the numbers of `plan`. A split without sources is empty."""
     if not getattr(config.items, split):
-        return Split(COUNTED, 0, 0, 0, 0, 0)
+        return Split(COUNTED, 0, 0, 0, 0, 0, 0)
     plan, joint = config.plan, config.pairs.joint
     instructions: int | None = getattr(plan, f"{split}_instructions")
     if instructions is None:
@@ -122,7 +124,8 @@ def _stated_split(config: RunConfig, split: str) -> Split:
             labelled = whole(product(stated, short**2)) if split == "train" else 0
             wished = 0 if joint.strategy == "labelled" else asked or round(instructions * short)
             joint_pairs = total([labelled, wished])
-    return Split(STATED, instructions, instructions * responses, conditional, joint_pairs, instructions)
+    items = instructions * responses
+    return Split(STATED, instructions, items, conditional, joint_pairs, instructions, round(items * short))
 
 
 def _labelled(

@@ -46,16 +46,22 @@ def whole(value: Number) -> int | None:
 def count_tokens(
     config: RunConfig,
     items: pa.Table | None,
+    short: pa.Table | None,
     counted: set[str],
     tokenizer: PlainTokenizer | None,
     number: int | None,
     fine_tuning: int | None,
 ) -> Tokens:
-    """Of `number` items that are compared or sampled, and `fine_tuning` ones; `items` hold the splits `counted`."""
-    if items is None or "train" not in counted or "train" not in items["split"].to_pylist():
+    """Of `number` items that may be compared, and `fine_tuning` ones; `items` hold the splits `counted`, `short` those
+    of them that may be compared.
+    """
+    if items is None or short is None or "train" not in counted or "train" not in items["split"].to_pylist():
         return _stated(config, number, fine_tuning)
     here = items.filter(pc.not_equal(items["split"], "sft"))
     instruction, response, how = _means(config, here, tokenizer)
+    each = instruction + response
+    if 0 < len(short) < len(items):
+        each = sum(_means(config, short.filter(pc.not_equal(short["split"], "sft")), tokenizer)[:2])
     if not config.items.sft:
         chosen = pc.and_(pc.equal(here["split"], "train"), here["sft"])
         tuned: Number = sum(_means(config, here.filter(chosen), tokenizer)[:2])
@@ -67,7 +73,7 @@ def count_tokens(
         how,
         instruction,
         response,
-        whole(product(number, instruction + response)),
+        whole(product(number, each)),
         whole(product(fine_tuning, tuned)),
         *(float(pc.mean(pc.utf8_length(here[name])).as_py()) for name in ("instruction", "response")),
     )

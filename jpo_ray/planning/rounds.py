@@ -25,9 +25,10 @@ def counts_of_a_round(config: RunConfig, counts: Counts) -> Counts:
         whole(product(instructions, responses)),
         whole(product(instructions, both, short)),
         wished,
+        short=whole(product(instructions, responses, short)),
     )
     preferences, origin = expected_preferences(config, train)
-    items = None if train.items is None else train.items + (counts.splits["validation"].items or 0)
+    items = None if train.short is None else train.short + (counts.splits["validation"].short or 0)
     means = counts.tokens
     each = None if means.instruction is None or means.response is None else means.instruction + means.response
     splits = {"train": train, "validation": counts.splits["validation"]}

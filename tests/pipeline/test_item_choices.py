@@ -11,7 +11,8 @@ from jpo_ray.config import RunConfig
 from jpo_ray.config_file import parse_config
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
-from pipeline.inline import Cluster, run, small_config
+from jpo_ray.pipeline.plan import make_plan
+from pipeline.inline import JPO, Cluster, run, small_config
 
 WORDS = ["sing", "run", "jump", "count to ten", "name a fruit", "say hello"]
 
@@ -86,3 +87,36 @@ def test_longer_items_are_not_compared(tmp_path: Path, cluster: Cluster) -> None
     assert "x" * 11 not in compared
     assert conditional == {"sing", "hymn"}
     assert len(items) == 6
+
+
+def test_the_reference_scores_what_may_be_compared(tmp_path: Path, cluster: Cluster) -> None:
+    """And the plan counts that. Trainings, of KTO's mismatched items too, find all that they read."""
+    rows = [
+        {"prompt": word, "chosen": f"good {word}", "rejected": f"bad {word} {'x' * 60 * (word == 'run')}"}
+        for word in WORDS
+    ]
+    path, kto = preferences(tmp_path, rows), JPO | {"name": "kto", "objective": "kto"}
+    train, stages = [JPO, kto], ["items", "pairs", "judge", "sft", "reference", "train"]
+
+    def limited(to: int | None) -> RunConfig:
+        return config_for(path, pairs={"max_item_characters": to, "joint": None}, train=train)
+
+    run(limited(90), tmp_path / "run", stages)
+    items = {row["item_id"]: row["response"] for row in table(tmp_path / "run", "items/items.parquet", records.ITEMS)}
+    scored = table(tmp_path / "run", "reference/reference.parquet", records.REFERENCE)
+    short = {identity for identity, response in items.items() if "xxx" not in response}
+    assert len(items) == 12
+    assert len(short) == 11
+    assert {row["item_id"] for row in scored} == {row["response_of"] for row in scored} == short
+    counts = read_json(tmp_path / "run" / "reference" / "manifest.json")["counts"]
+    [cost] = [cost for cost in make_plan(limited(90)).stages if cost.name == "reference"]
+    assert cost.items == 2 * counts["items"] == 22
+    assert cost.tokens == pytest.approx(counts["tokens"], abs=1)
+    assert "reference stands already" in run(limited(90), tmp_path / "run", ["reference"])
+    run(limited(None), tmp_path / "run", stages)  # another limit, other rows
+    scored = table(tmp_path / "run", "reference/reference.parquet", records.REFERENCE)
+    assert {row["item_id"] for row in scored} == items.keys()
+    assert "max_item_characters" not in read_json(tmp_path / "run" / "reference" / "manifest.json")["config"]
+    with pytest.raises(InputError, match=r"pairs\.max_item_characters: no item has at most 5, so"):
+        run(limited(5), tmp_path / "run", ["reference"])
+    assert cluster.calls.count("train-kto") == 2

@@ -66,7 +66,10 @@ def test_short_items_budgets_and_responses() -> None:
     plan = PLAN | {"short_items": 0.4, "responses_per_instruction": 3}
     pairs = {"max_item_characters": 500, "joint": {"budget": 77}}
     train = counted(config(plan=plan, pairs=pairs)).splits["train"]
-    assert (train.items, train.conditional, train.joint) == (3000, 1200, 77)
+    assert (train.items, train.conditional, train.joint, train.short) == (3000, 1200, 77, 1200)
+    settings = config(plan=plan, pairs=pairs)
+    [reference] = [cost for cost in stage_costs(settings, counted(settings), None, SPEEDS) if cost.name == "reference"]
+    assert (reference.items, reference.tokens) == (1200 + 20, 1220 * 50)  # longer ones are compared with nothing
     assert counted(config(pairs={"conditional": False, "joint": None})).preferences == {"conditional": 0, "joint": 0}
 
 
