@@ -56,6 +56,9 @@ WRONG_ITEMS: list[Any] = [
     [{"instruction": "", "response": "r"}], [{"instruction": "i", "response": ""}],
     [{"instruction": 1, "response": "r"}],
     [{"instruction": "\ud800", "response": "r"}], [[ITEM]],
+]  # fmt: skip
+
+TOO_LONG_ITEMS: list[Any] = [  # as bodies nothing is wrong with them, but the model scores no item of so many tokens
     [{"instruction": "word " * 900, "response": "r"}], [ITEM, {"instruction": "i", "response": "word " * 900}],
     [{"instruction": "word " * 150_000, "response": "r"}],
 ]  # fmt: skip
@@ -71,6 +74,7 @@ CHAT_BODIES += [encoded({"model": "sft"}), encoded({"messages": USER}), encoded(
 COMPLETION_BODIES = [*NO_JSON, *(encoded(COMPLETION | wrong) for wrong in WRONG_SAMPLING)]
 COMPLETION_BODIES += [encoded(COMPLETION | {"prompt": wrong}) for wrong in WRONG_PROMPTS]
 SCORE_BODIES = [*NO_JSON, *(encoded({"model": "jpo", "items": wrong}) for wrong in WRONG_ITEMS)]
+TOO_LONG_BODIES = [encoded({"model": "jpo", "items": wrong}) for wrong in TOO_LONG_ITEMS]
 
 
 def random_bodies(count: int, seed: int) -> list[bytes]:
@@ -89,10 +93,11 @@ def random_bodies(count: int, seed: int) -> list[bytes]:
 
 def hostile_bodies(count: int) -> list[tuple[str, bytes]]:
     """So many bodies with the paths that they are sent to; a few of those with random changes are good."""
-    made = random_bodies(count - len(CHAT_BODIES) - len(COMPLETION_BODIES) - len(SCORE_BODIES), seed=0)
+    scores = SCORE_BODIES + TOO_LONG_BODIES
+    made = random_bodies(count - len(CHAT_BODIES) - len(COMPLETION_BODIES) - len(scores), seed=0)
     bodies = [("/v1/chat/completions", body) for body in CHAT_BODIES + made[::2]]
     bodies += [("/v1/completions", body) for body in COMPLETION_BODIES + made[1::2]]
-    return bodies + [("/v1/score", body) for body in SCORE_BODIES]
+    return bodies + [("/v1/score", body) for body in scores]
 
 
 class Pickled:

@@ -19,7 +19,7 @@ from jpo_ray.sandbox import make_rows
 from jpo_ray.serving.streams import without_prefix
 from serving.conftest import store_of
 from serving.endpoint import BEARER, KEY, Endpoint
-from serving.malformed import CHAT_BODIES, COMPLETION_BODIES, SCORE_BODIES
+from serving.malformed import CHAT_BODIES, COMPLETION_BODIES, SCORE_BODIES, TOO_LONG_BODIES
 from serving.served_run import BETAS, LAYOUT
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -188,7 +188,7 @@ def test_malformed_bodies_are_never_the_servers_fault(endpoint: Endpoint) -> Non
                 reply = client.post(path, content=content)
                 assert reply.status_code in (400, 404, 422), (path, content[:100], reply.text)
                 assert len(reply.json()["error"]["message"]) <= 400
-        for content in SCORE_BODIES[-3:]:  # too long for the model: named, and nobody else's batch fails
+        for content in TOO_LONG_BODIES:  # too long for the model: named, and nobody else's batch fails
             reply = client.post("/v1/score", content=content)
             assert (reply.status_code, reply.json()["error"]["param"][:6]) == (422, "items."), reply.text
         assert client.post("/v1/score", content=b"x" * 1_000_001).status_code == 413
