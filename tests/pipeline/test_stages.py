@@ -265,7 +265,10 @@ def test_a_stage_needs_what_comes_before_it(tmp_path: Path, cluster: Cluster) ->
     assert cluster.calls == []
 
 
-def test_without_a_held_out_split_a_judge_or_joint_pairs(tmp_path: Path, cluster: Cluster) -> None:
+def test_without_a_held_out_split_a_judge_or_joint_pairs(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JPO_CACHE", str(tmp_path / "cache"))  # rounds of the same SFT model may have scored some items
     items = {split: [{"path": "sandbox", "limit": LIMITS[split]}] for split in ("train", "test")}
     config = small_config(items=items, pairs={"joint": None}, train=[JPO], evaluate=None)
     shown = run(config, tmp_path / "run")
