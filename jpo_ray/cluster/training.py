@@ -26,6 +26,7 @@ from jpo_ray.store import StoreError
 from jpo_ray.stored import origins, place_of, pull, push
 
 POLL_S = 0.3
+ABORT_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 30.0  # of a worker group that finds no room, where no nodes are to come
 
 
@@ -194,7 +195,11 @@ def _show(ray: Any, board: Any, controllers: list[Any], show: Callable[..., None
     while not stop.wait(POLL_S):
         latest, (_, input_error) = ray.get([board.read.remote(), board.outcome.remote()])
         show(*latest)
-        if input_error:  # without another attempt
+        if input_error and controllers:  # without another attempt
+            # Killed alone it would leave its workers' resources taken: what frees them asks Ray's dashboard, which
+            # local clusters lack.
+            with suppress(Exception):
+                ray.get(controllers[-1].abort.remote(), timeout=ABORT_TIMEOUT_S)
             _end(ray, controllers)
     show(*ray.get(board.read.remote()))
 
