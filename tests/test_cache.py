@@ -75,11 +75,13 @@ class Interrupted:
 
 def test_ctrl_c_leaves_no_part_cut_short(shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     here = shared("here")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
     with monkeypatch.context() as patch:
         store = place(here).store
         patch.setattr(store, "_fs", Interrupted(store._fs))
         with pytest.raises(KeyboardInterrupt):
             append(here, 1, 2)
+    signal.signal(signal.SIGINT, before)
     assert read(shared("elsewhere")) == [1, 2]
     append(here, 3)
     assert read(shared("elsewhere")) == [1, 2, 3]

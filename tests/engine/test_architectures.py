@@ -138,7 +138,7 @@ def plain_gradients(world: World, train: TrainConfig) -> tuple[float, torch.Tens
         policy = add_lora(policy, train, seed=0)
     move(policy)
     scores = torch.stack([plain_logprobs(policy, world.tokens, row) for row in range(12)])
-    edges, reference = world.data.train, torch.from_numpy(world.data.reference[:12])
+    edges, reference = world.data.train[0], torch.from_numpy(world.data.reference[:12])
     ratios = scores - reference
     counted = torch.stack([torch.from_numpy(edges.joint).double(), torch.ones(len(edges)).double()], dim=1)
     margin = train.beta * ((ratios[edges.chosen] - ratios[edges.rejected]) * counted).sum(1)
