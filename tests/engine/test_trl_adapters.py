@@ -22,7 +22,7 @@ def test_trl_goes_on_from_an_adapter_and_its_own_is_loaded_here(world: World, tm
     """
     scorer = policy_scorer(world.model, config(lora_dropout=0.0))
     scorer.model.save_pretrained(tmp_path / "ours")
-    edges, tokens = world.data.train.take(np.flatnonzero(~world.data.train.joint)), world.tokens
+    edges, tokens = world.data.train[0].take(np.flatnonzero(~world.data.train[0].joint)), world.tokens
     scores = score_all(scorer, tokens, np.arange(12), max_tokens=4096)
     trainer = dpo_trainer(world, tmp_path, edges.chosen, edges.rejected)
     trainer.train()
