@@ -109,7 +109,8 @@ def _vllm(
         postprocess_map_kwargs={"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=1)},
     )
     for each in processor.stages.values():
-        each.fn = on_node(each.fn, _folders(base, requests))
+        # Not by assignment: the stage would be validated again and then ask for a GPU.
+        each.__dict__["fn"] = on_node(each.fn, _folders(base, requests))
     blocks = -(-len(requests) // VLLM_BATCH)
     asked = ray.data.from_items([_row(request) for request in requests], override_num_blocks=blocks)
     for row in processor(asked).iter_rows():
