@@ -26,7 +26,6 @@ from jpo_ray.store import StoreError
 from jpo_ray.stored import origins, place_of, pull, push
 
 POLL_S = 0.3
-ABORT_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 30.0  # of a worker group that finds no room, where no nodes are to come
 
 
@@ -83,15 +82,14 @@ def run_training(
     await_resources(ray, config, stage, [wanted] * config.num_workers)
     board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=on_this_node(ray)).remote()
     storage = (out.parent / f"ray-{out.name}").resolve()  # Ray Train's own notes; our checkpoints are in `out`
-    controllers: list[Any] = []
     stop = threading.Event()
-    shower = threading.Thread(target=_show, args=(ray, board, controllers, show, stop), daemon=True)
+    shower = threading.Thread(target=_show, args=(ray, board, show, stop), daemon=True)
     shower.start()
     workers = config.num_workers
     try:
         for attempt in itertools.count():
             shutil.rmtree(storage, ignore_errors=True)  # of an attempt that was killed
-            failed = _fit(ray, config, stage, work, out, storage, board, controllers, wanted, workers)
+            failed = _fit(ray, config, stage, work, out, storage, board, wanted, workers)
             result, input_error = ray.get(board.outcome.remote())
             if input_error:
                 with suppress(InputError, StoreError):  # the items of skipped steps, which the message speaks of
@@ -149,7 +147,6 @@ def _fit(
     out: Path,
     storage: Path,
     board: Any,
-    controllers: list[Any],
     wanted: dict[str, float],
     workers: int,
 ) -> Exception | None:
@@ -175,32 +172,22 @@ def _fit(
     )
     # In place of Ray Train's own handler of Ctrl-C, which waits for workers that are just starting and stays for later
     # stages. Workers end with their controller.
+    controllers: list[Any] = []
     trainer._register_sigint_handler = controllers.append
     try:
         trainer.fit()
     except KeyboardInterrupt:
-        _end(ray, controllers)
+        for controller in controllers:
+            ray.kill(controller)
         raise
     except Exception as error:
         return error
     return None
 
 
-def _end(ray: Any, controllers: list[Any]) -> None:
-    while controllers:
-        ray.kill(controllers.pop())
-
-
-def _show(ray: Any, board: Any, controllers: list[Any], show: Callable[..., None], stop: threading.Event) -> None:
+def _show(ray: Any, board: Any, show: Callable[..., None], stop: threading.Event) -> None:
     while not stop.wait(POLL_S):
-        latest, (_, input_error) = ray.get([board.read.remote(), board.outcome.remote()])
-        show(*latest)
-        if input_error and controllers:  # without another attempt
-            # Killed alone it would leave its workers' resources taken: what frees them asks Ray's dashboard, which
-            # local clusters lack.
-            with suppress(Exception):
-                ray.get(controllers[-1].abort.remote(), timeout=ABORT_TIMEOUT_S)
-            _end(ray, controllers)
+        show(*ray.get(board.read.remote()))
     show(*ray.get(board.read.remote()))
 
 
@@ -234,7 +221,7 @@ def _worker(settings: dict[str, Any]) -> None:
             _hand_over(out, ray.get_runtime_context().get_node_id() == settings["driver"])
     except InputError as error:
         ray.get(board.finish.remote(None, str(error)))
-        raise  # or the other workers would wait for this one
+        raise  # or the other workers would wait for this one; the next attempt ends as it starts
     if rank == 0:
         ray.get(board.finish.remote(result, None))
 

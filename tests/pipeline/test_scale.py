@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 from rich.console import Console
 
 from jpo_ray.cli import main
+from jpo_ray.cluster.resources import await_resources
 from jpo_ray.cluster.trials import run_trials
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.config_experiment import load_experiment
@@ -123,6 +126,25 @@ def test_no_room_for_so_many_at_once_is_one_line(ray_cluster: object, tmp_path: 
     config = ClusterConfig(cpus_per_worker=1, trainings_at_once=50)
     with pytest.raises(InputError, match="train: asks for 50 x 1 CPU"):
         run_trials(ray_cluster, config, print, ["jpo"], tmp_path, lambda: None)
+
+
+@pytest.mark.ray
+def test_interrupted_trials_end_at_once_and_are_not_taken_for_finished(ray_cluster: object, tmp_path: Path) -> None:
+    def train(name: str) -> None:
+        (tmp_path / name).touch()
+        time.sleep(600)
+
+    def show() -> None:
+        if (tmp_path / "one").exists():
+            raise KeyboardInterrupt
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)]
+    config = ClusterConfig(cpus_per_worker=1, wait_s=30)
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(ray_cluster, config, train, ["one"], tmp_path / "notes", show)
+    await_resources(ray_cluster, config, "train", [{"CPU": 2}])  # in time: the trial is gone
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)] == before
+    assert not (tmp_path / "notes").exists()
 
 
 @pytest.mark.ray
