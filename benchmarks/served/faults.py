@@ -1,6 +1,8 @@
 """What breaks servers: overload, a killed replica, hostile requests, and an end while streams are open."""
 
 import asyncio
+import itertools
+import random
 import shutil
 import signal
 import sys
@@ -14,7 +16,7 @@ import aiohttp
 import openai
 import psutil
 
-from served.load import NEW_TOKENS, body
+from served.load import NEW_TOKENS, body, throughput
 from served.run import ADAPTERS
 from served.servers import KEY, Server, session
 
@@ -22,51 +24,57 @@ TESTS = Path(__file__).parents[2] / "tests"
 REPLICA = "ray::ServeReplica:jpo:FrontServer"
 STARTING = ".initialize"  # part of a process's title while the replica starts
 KILL_CLIENTS = 16
+CAPACITY_SECONDS = 20
 
 
 async def overload(server: Server, seconds: float, most: int) -> str:
-    """Ten times as many clients as the server takes at once. Who is refused asks again after the time that it is told;
-    they begin spread over a second, so that they do not all ask in the same moments for ever.
+    """Ten times as many requests a second as the server can answer, at random times, whether it answers or not. What it
+    can answer is measured first, with as many clients as it takes at once.
     """
     found: dict[str, list[float]] = {"served": [], "refused": [], "other": []}  # seconds that each took
-    ends = time.monotonic() + seconds
+    gaps = random.Random(0)
 
-    async def one_client(client: aiohttp.ClientSession, place: int) -> None:
-        await asyncio.sleep(place / (10 * most))
-        while time.monotonic() < ends:
-            began = time.monotonic()
-            kind, wait_s = await outcome(client, place)
-            found[kind].append(time.monotonic() - began)
-            await asyncio.sleep(wait_s)
+    async def one_request(client: aiohttp.ClientSession, number: int) -> None:
+        began = time.monotonic()
+        kind = await outcome(client, number)
+        found[kind].append(time.monotonic() - began)
 
     async with session(server) as client:
-        await asyncio.gather(*(one_client(client, place) for place in range(10 * most)))
+        capacity = await throughput(client, ("sft",), CAPACITY_SECONDS, clients=most) / NEW_TOKENS
+        began = due = time.monotonic()
+        async with asyncio.TaskGroup() as requests:
+            for number in itertools.count():
+                due += gaps.expovariate(10 * capacity)
+                if due > began + seconds:
+                    break
+                await asyncio.sleep(due - time.monotonic())
+                requests.create_task(one_request(client, number))
+        took_s = time.monotonic() - began
         alive = await ready(client)
-    counts = ", ".join(f"{len(taken)} {kind}" for kind, taken in found.items())
-    shown = f"overload: {10 * most} clients for {seconds:g} s at a server of {most}: {counts}; "
-    refused = found["refused"]
-    if len(refused) > 1:
-        shown += (
-            f"refusals took {1000 * median(refused):.0f} ms (median), {1000 * quantiles(refused, n=100)[98]:.0f} ms "
-            f"(99 %), {1000 * max(refused):.0f} ms (longest); "
-        )
-    return f"{shown}alive after it: {alive}"
+    served, refused = found["served"], found["refused"]
+    return (
+        f"overload: a server of {most} that answers {capacity:.1f} requests/s, asked {number / seconds:.0f}/s for "
+        f"{seconds:g} s: {len(served)} served ({len(served) / took_s:.1f}/s, {median(served):.1f} s median), "
+        f"{len(refused)} refused, {len(found['other'])} other; refusals took {1000 * median(refused):.0f} ms (median), "
+        f"{1000 * quantiles(refused, n=100)[98]:.0f} ms (99 %), {1000 * max(refused):.0f} ms (longest); "
+        f"alive after it: {alive}"
+    )
 
 
-async def outcome(client: aiohttp.ClientSession, place: int) -> tuple[str, float]:
-    """How a request ended, and the seconds to wait before the next. `other` is all that a client does not expect: a
-    broken connection, an answer that is not whole or no JSON, a refusal that names no time to wait.
+async def outcome(client: aiohttp.ClientSession, number: int) -> str:
+    """How a request ended. `other` is all that a client does not expect: a broken connection, an answer that is no JSON
+    or not whole, a refusal that names no time to wait.
     """
     try:
-        async with client.post("/v1/completions", json=body("sft", place)) as reply:
+        async with client.post("/v1/completions", json=body("sft", number)) as reply:
             answer = await reply.json()
             if reply.status == 200 and answer["usage"]["completion_tokens"] == NEW_TOKENS:
-                return "served", 0
-            if reply.status == 429:
-                return "refused", float(reply.headers["Retry-After"])
+                return "served"
+            if reply.status == 429 and float(reply.headers["Retry-After"]) > 0:
+                return "refused"
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
         pass
-    return "other", 1  # so that a server that is gone is not asked without a pause
+    return "other"
 
 
 async def ready(client: aiohttp.ClientSession) -> bool:
@@ -149,7 +157,7 @@ async def hostile(server: Server, store: Path) -> str:
         shutil.rmtree(folder)
     shown = [str(dict(sorted(Counter(statuses).items()))) for statuses in (by_body, by_folder, by_key)]
     return (
-        f"{len(bodies)} malformed bodies: {shown[0]} (200: random changes left it good); {len(TRAVERSALS)} traversals "
+        f"{len(bodies)} malformed bodies: {shown[0]}; {len(TRAVERSALS)} traversals "
         f"and {len(pickled)} pickled adapters: {shown[1]}; wrong keys: {shown[2]}; ready after it: {alive}"
     )
 

@@ -16,18 +16,25 @@ NEW_TOKENS = 64
 async def measure(client: aiohttp.ClientSession, seconds: float, only: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     if "throughput" in only:
-        found["tokens/s, whole answers"] = await throughput(client, ("sft",), seconds, stream=False)
+        found["tokens/s, whole answers"] = await throughput(client, ("sft",), seconds)
         found["tokens/s, streams"] = await throughput(client, ("sft",), seconds, stream=True)
     if "adapters" in only:
-        found["tokens/s, one adapter"] = await throughput(client, ADAPTERS[:1], seconds, stream=False)
-        found["tokens/s, four adapters"] = await throughput(client, ADAPTERS, seconds, stream=False)
+        found["tokens/s, one adapter"] = await throughput(client, ADAPTERS[:1], seconds)
+        found["tokens/s, four adapters"] = await throughput(client, ADAPTERS, seconds)
     if "latency" in only:
         found["ms to first token"] = 1000 * await first_token(client)
     return found
 
 
-async def throughput(client: aiohttp.ClientSession, models: tuple[str, ...], seconds: float, *, stream: bool) -> float:
-    """Tokens a second of `CONCURRENCY` clients that ask one question after the other."""
+async def throughput(
+    client: aiohttp.ClientSession,
+    models: tuple[str, ...],
+    seconds: float,
+    *,
+    stream: bool = False,
+    clients: int = CONCURRENCY,
+) -> float:
+    """Tokens a second of so many clients that ask one question after the other."""
     done, number = 0, 0
     ends = time.monotonic() + seconds
 
@@ -39,7 +46,7 @@ async def throughput(client: aiohttp.ClientSession, models: tuple[str, ...], sec
             done += 1
 
     began = time.monotonic()
-    await asyncio.gather(*(one_client(place) for place in range(CONCURRENCY)))
+    await asyncio.gather(*(one_client(place) for place in range(clients)))
     return done * NEW_TOKENS / (time.monotonic() - began)
 
 

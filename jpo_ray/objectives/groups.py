@@ -12,7 +12,7 @@ from jpo_ray.objectives.losses import Edges, Items, Outcome, both_labels, mean_s
 
 
 def lipo(items: Items, edges: Edges, *, beta: float) -> Outcome:
-    """LiPO-lambda (arXiv 2402.01878, equation unchecked): pairs of a list, weighted by what exchange does to DCG.
+    """LiPO-lambda (arXiv 2402.01878, Equation 8): pairs of a list, weighted by what exchange does to DCG.
 
     `sum over psi_i > psi_j of |G_i - G_j| |1 / D(tau_i) - 1 / D(tau_j)| log(1 + exp(-(s_i - s_j)))` with
     `s = beta log-ratio`, gains `G = 2^psi - 1` of the labels psi (shares of wins), discounts `D(tau) = log(1 + tau)` of

@@ -95,7 +95,7 @@ def odpo(items: Items, edges: Edges, *, beta: float, odpo_alpha: float) -> Outco
 
 
 def rdpo(items: Items, edges: Edges, *, beta: float, rdpo_alpha: float) -> Outcome:
-    """Length-regularised DPO (R-DPO, arXiv 2403.19159, equation unchecked): rewards less alpha per token.
+    """Length-regularised DPO (R-DPO, arXiv 2403.19159, Equation 9): rewards less alpha per token.
 
     `-log sigmoid(m + alpha * (|R_w| - |R_l|))`, lengths in tokens of the responses: where the longer one was chosen,
     length explains part of the label, and less is left to learn.

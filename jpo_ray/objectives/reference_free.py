@@ -48,7 +48,7 @@ def _log_odds(log_probability: Tensor) -> Tensor:
 def chosen_nll(items: Items, edges: Edges) -> Outcome:
     """Negative log-likelihood of the chosen responses in nats per token: `-log p(R_w | I_w) / |R_w|`.
 
-    The SFT term beside a preference loss, as in Iterative RPO (arXiv 2404.19733, equation unchecked).
+    The SFT term beside a preference loss, as in Iterative RPO (arXiv 2404.19733, Equation 1).
     """
     chosen, rejected = mean_sides(items.policy, items, edges, responses_only=True)
     return outcome(both_labels(edges, chosen, rejected, lambda winner, _: -winner.whole_N), chosen, rejected, 1.0)

@@ -78,7 +78,7 @@ TOO_LONG_BODIES = [encoded({"model": "jpo", "items": wrong}) for wrong in TOO_LO
 
 
 def random_bodies(count: int, seed: int) -> list[bytes]:
-    """Good bodies with some bytes changed, taken out or doubled, so that nearly none is good any more."""
+    """Good bodies with some bytes changed, taken out or doubled: nearly all are malformed."""
     draw = random.Random(seed)
     good = [encoded(CHAT | {"max_tokens": 4}), encoded(COMPLETION | {"max_tokens": 4})]
     made = []
@@ -91,10 +91,19 @@ def random_bodies(count: int, seed: int) -> list[bytes]:
     return made
 
 
+def malformed(content: bytes) -> bool:
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(fields, dict) or set(fields) - {*CHAT, *COMPLETION, "max_tokens"} != set()
+
+
 def hostile_bodies(count: int) -> list[tuple[str, bytes]]:
-    """So many bodies with the paths that they are sent to; a few of those with random changes are good."""
+    """So many malformed bodies with the paths that they are sent to."""
     scores = SCORE_BODIES + TOO_LONG_BODIES
-    made = random_bodies(count - len(CHAT_BODIES) - len(COMPLETION_BODIES) - len(scores), seed=0)
+    more = count - len(CHAT_BODIES) - len(COMPLETION_BODIES) - len(scores)
+    made = [body for body in random_bodies(2 * more, seed=0) if malformed(body)][:more]
     bodies = [("/v1/chat/completions", body) for body in CHAT_BODIES + made[::2]]
     bodies += [("/v1/completions", body) for body in COMPLETION_BODIES + made[1::2]]
     return bodies + [("/v1/score", body) for body in scores]

@@ -140,10 +140,7 @@ def test_nothing_malformed_is_let_in_or_the_servers_fault(two_replicas: Endpoint
     assert len(bodies) == 1000
     with two_replicas.http(headers=JSON) as http:
         statuses = [(http.post(path, content=body).status_code, path, body) for path, body in bodies]
-        # some of the bodies with random changes are still good
-        good = [entry for entry in statuses if entry[0] == 200]
-        assert len(good) <= 20, good
-        assert [entry for entry in statuses if not 400 <= entry[0] < 500 and entry[0] != 200] == []
+        assert [entry for entry in statuses if not 400 <= entry[0] < 500] == []
         for folder in [*TRAVERSALS, *(f"bad_too/{path.name}" for path in pickled)]:
             reply = http.post("/v1/adapters", json={"name": "bad", "folder": folder})
             assert 400 <= reply.status_code < 500, (folder, reply.text)
