@@ -3,12 +3,13 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.cluster.resources import await_resources, worker_resources
+from jpo_ray.cluster.resources import await_resources, on_this_node, worker_resources
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.errors import InputError
 
@@ -16,6 +17,33 @@ from jpo_ray.errors import InputError
 WAITS = {"CPU": 0.001}
 
 STOP_TIMEOUT_S = 5  # how long Tune gets to end its trials, where the run was interrupted
+BEATS = 10  # of a trial's process within the time after which it counts as hung
+
+
+class Pulse:
+    """Actor that holds when each trial's process was last heard of, since Tune waits for one that hangs for ever, and
+    what is wrong with the input.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[str, tuple[float, Any]] = {}
+        self.input_errors: list[str] = []
+
+    def beat(self, name: str, trial: Any) -> None:
+        self.last[name] = (time.monotonic(), trial)
+
+    def end(self, name: str, input_error: str | None) -> None:
+        self.last.pop(name, None)
+        if input_error:
+            self.input_errors.append(input_error)
+
+    def found(self) -> list[str]:
+        return self.input_errors
+
+    def take_silent(self, seconds: float) -> list[Any]:
+        """The actors of the trials not heard of for so long, each once."""
+        silent = [name for name, (heard, _) in self.last.items() if time.monotonic() - heard > seconds]
+        return [self.last.pop(name)[1] for name in silent]
 
 
 def run_trials(
@@ -28,9 +56,9 @@ def run_trials(
 ) -> None:
     """Call `train(name)` for each name in a process of its own, `config.trainings_at_once` at a time.
 
-    A trial that dies is started again `config.max_failures` times; what it finds in the run directory it goes on with.
-    `notes` is a folder for Tune's own notes, deleted in the end; `show` is called every second. Raises what a trial
-    raised, once all have ended.
+    A trial that dies, or whose process is not heard of for `config.collective_timeout_s`, is started again
+    `config.max_failures` times; what it finds in the run directory it goes on with. `notes` is a folder for Tune's own
+    notes, deleted in the end; `show` is called every second. Raises what a trial raised, once all have ended.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # what they write is deleted in the end
     from ray import tune
@@ -39,6 +67,7 @@ def run_trials(
     await_resources(ray, config, "train", [wanted] * config.num_workers * config.trainings_at_once)
 
     shutil.rmtree(notes, ignore_errors=True)  # of a run that was killed
+    pulse = ray.remote(Pulse).options(num_cpus=0, scheduling_strategy=on_this_node(ray)).remote()
     stop = notes / "stop"  # a file, since Tune pickles its settings
 
     class Told(tune.Stopper):  # type: ignore[misc]
@@ -49,7 +78,10 @@ def run_trials(
             return stop.exists()
 
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, train=train), wanted if config.num_workers == 1 else WAITS),
+        tune.with_resources(
+            tune.with_parameters(_trial, train=train, pulse=pulse, timeout_s=config.collective_timeout_s),
+            wanted if config.num_workers == 1 else WAITS,
+        ),
         param_space={"name": tune.grid_search(list(names))},
         tune_config=tune.TuneConfig(max_concurrent_trials=config.trainings_at_once, reuse_actors=True),
         run_config=tune.RunConfig(
@@ -68,6 +100,8 @@ def run_trials(
     try:
         while not wait([outcome], timeout=1).done:
             show()
+            for trial in ray.get(pulse.take_silent.remote(config.collective_timeout_s)):
+                ray.kill(trial)
         show()
     finally:
         notes.mkdir(parents=True, exist_ok=True)
@@ -77,8 +111,8 @@ def run_trials(
     for result in outcome.result():
         if result.error is not None:
             raise result.error
-        if result.metrics.get("input_error"):
-            raise InputError(result.metrics["input_error"])
+    if input_errors := ray.get(pulse.found.remote()):
+        raise InputError(input_errors[0])
 
 
 def _resolve(outcome: Future[Any], function: Callable[[], Any]) -> None:
@@ -88,9 +122,24 @@ def _resolve(outcome: Future[Any], function: Callable[[], Any]) -> None:
         outcome.set_exception(error)
 
 
-def _trial(config: dict[str, Any], train: Callable[[str], None]) -> dict[str, Any]:
+def _trial(config: dict[str, Any], train: Callable[[str], None], pulse: Any, timeout_s: float) -> None:
+    import ray
+
+    name, this, ended = config["name"], ray.get_runtime_context().current_actor, threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(timeout_s / BEATS):
+            pulse.beat.remote(name, this)
+
+    ray.get(pulse.beat.remote(name, this))
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    input_error = None
     try:
-        train(config["name"])
+        train(name)
     except InputError as error:  # another attempt would meet it again
-        return {"input_error": str(error)}
-    return {"input_error": ""}
+        input_error = str(error)
+    finally:
+        ended.set()
+        thread.join()
+        ray.get(pulse.end.remote(name, input_error))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 import time
@@ -145,6 +146,20 @@ def test_interrupted_trials_end_at_once_and_are_not_taken_for_finished(ray_clust
     await_resources(ray_cluster, config, "train", [{"CPU": 2}])  # in time: the trial is gone
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)] == before
     assert not (tmp_path / "notes").exists()
+
+
+@pytest.mark.ray
+def test_a_trial_whose_process_hangs_is_started_again(ray_cluster: object, tmp_path: Path) -> None:
+    def train(name: str) -> None:
+        with (tmp_path / name).open("a") as file:
+            file.write("an attempt\n")
+        if name == "hangs" and (tmp_path / name).read_text() == "an attempt\n":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    config = ClusterConfig(cpus_per_worker=1, trainings_at_once=2, collective_timeout_s=5)
+    run_trials(ray_cluster, config, train, ["hangs", "other"], tmp_path / "notes", lambda: None)
+    assert (tmp_path / "hangs").read_text() == "an attempt\n" * 2
+    assert (tmp_path / "other").read_text() == "an attempt\n"
 
 
 @pytest.mark.ray
