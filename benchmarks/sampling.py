@@ -3,9 +3,7 @@
     python benchmarks/sampling.py [--prompts 1000] [--new-tokens 64] [--repeats 2]
 
 The model is a Llama of 19 million parameters with random weights and the sandbox's tokenizer; both engines get the same
-options, as `sample` sets them. On both sides time runs from the engine's readiness to the last answer. Beside the time
-stand the CPU seconds of all processes of either side: an engine on CPUs takes all cores, so that they are what decides
-on an idle machine, and other work changes them less than the time.
+options, as `sample` sets them. On both sides time runs from the engine's readiness to the last answer.
 """
 
 import argparse
@@ -20,7 +18,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +29,6 @@ from jpo_ray.evaluation.generation import Request, SampledModel
 from jpo_ray.sandbox import BASE_MODEL, make_rows
 
 BARE = "--bare"
-Taken = tuple[float, float]  # seconds, and CPU seconds of all processes
 
 
 def main() -> None:
@@ -43,7 +39,7 @@ def main() -> None:
     given = parser.parse_args()
     # Ray's workers stand back for other processes; the bare engine does not.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
-    taken: dict[str, list[Taken]] = {"vllm.LLM.generate": [], "jpo sample": []}
+    taken: dict[str, list[float]] = {"vllm.LLM.generate": [], "jpo sample": []}
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
         requests = requests_of(model, given.prompts)
@@ -51,18 +47,12 @@ def main() -> None:
             taken["vllm.LLM.generate"].append(bare(requests, given.new_tokens, Path(folder)))
             taken["jpo sample"].append(through_ray(requests, given.new_tokens))
     tokens = given.prompts * given.new_tokens
-    table = Table(
-        "", "tokens a second, each run", "median", "of the bare engine", "CPU s, each run", "of the bare engine"
-    )
-    seconds, cpu = (median(values) for values in zip(*taken["vllm.LLM.generate"], strict=True))
+    table = Table("", "tokens a second, each run", "median", "of the bare engine")
+    bare_s = median(taken["vllm.LLM.generate"])
     for name, runs in taken.items():
-        each = ", ".join(f"{tokens / run_s:,.0f}" for run_s, _ in runs)
-        spent = ", ".join(f"{run_cpu_s:.1f}" for _, run_cpu_s in runs)
-        own_seconds, own_cpu = (median(values) for values in zip(*runs, strict=True))
-        table.add_row(
-            name, each, f"{tokens / own_seconds:,.0f}", f"{seconds / own_seconds:.1%}", spent, f"{own_cpu / cpu:.1%}"
-        )
-    Console(width=140).print(table)
+        each = ", ".join(f"{tokens / run_s:,.0f}" for run_s in runs)
+        table.add_row(name, each, f"{tokens / median(runs):,.0f}", f"{bare_s / median(runs):.1%}")
+    Console().print(table)
 
 
 def make_model(folder: Path) -> SampledModel:
@@ -96,39 +86,28 @@ def requests_of(model: SampledModel, count: int) -> list[Request]:
     return [Request(number, model, ids, 0.0, number) for number, ids in enumerate(prompts)]
 
 
-def through_ray(requests: list[Request], new_tokens: int) -> Taken:
+def through_ray(requests: list[Request], new_tokens: int) -> float:
     """From the engine's readiness to the last answer."""
     config = SampleConfig(engine="vllm", max_new_tokens=new_tokens)
     with ray_session(ClusterConfig()) as ray:
-        ready: list[Taken] = []
+        ready: list[float] = []
         threading.Thread(target=wait_for_engine, args=(ray, ready), daemon=True).start()
         answers = list(generate(ray, ClusterConfig(), config, "vllm", "float32", requests))
         assert [answer.error for answer in answers] == [""] * len(requests)
-        return time.monotonic() - ready[0][0], cpu_seconds() - ready[0][1]
+        return time.monotonic() - ready[0]
 
 
-def wait_for_engine(ray: Any, ready: list[Taken]) -> None:
+def wait_for_engine(ray: Any, ready: list[float]) -> None:
     """Note when the engine's actor has been made: Ray Data does not say."""
     while ray.is_initialized():
         actors = ray._private.state.actors().values()
         if any("vLLMEngineStage" in actor["ActorClassName"] and actor["State"] == "ALIVE" for actor in actors):
-            ready.append((time.monotonic(), cpu_seconds()))
+            ready.append(time.monotonic())
             return
         time.sleep(0.05)
 
 
-def cpu_seconds() -> float:
-    """Of this process and all below it, those that have ended too."""
-    total = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
-            total += sum(process.cpu_times()[:4])  # user, system, and those of children that ended
-        except psutil.NoSuchProcess:
-            continue
-    return total
-
-
-def bare(requests: list[Request], new_tokens: int, folder: Path) -> Taken:
+def bare(requests: list[Request], new_tokens: int, folder: Path) -> float:
     """The same of `vllm.LLM`, in a process of its own."""
     options = engine_options("float32", requests, new_tokens, gpu=False)
     work = {"model": str(requests[0].model.path), "options": options, "prompts": [r.prompt_ids for r in requests]}
@@ -137,20 +116,19 @@ def bare(requests: list[Request], new_tokens: int, folder: Path) -> Taken:
     environment = os.environ | VLLM_CPU_ENV | {"OMP_NUM_THREADS": str(os.cpu_count())}
     command = [sys.executable, __file__, BARE, str(folder / "work.json")]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=1200)
-    seconds, cpu_s = json.loads(done.stdout.splitlines()[-1])
-    return seconds, cpu_s
+    return float(done.stdout.splitlines()[-1])
 
 
-def run_bare(work: dict[str, Any]) -> Taken:
+def run_bare(work: dict[str, Any]) -> float:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
     engine = LLM(model=work["model"], **work["options"])
     asked = SamplingParams(temperature=0.0, max_tokens=work["new_tokens"])
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in work["prompts"]]
-    started, before = time.monotonic(), cpu_seconds()
+    started = time.monotonic()
     engine.generate(prompts, asked, use_tqdm=False)
-    return time.monotonic() - started, cpu_seconds() - before
+    return time.monotonic() - started
 
 
 if __name__ == "__main__":
