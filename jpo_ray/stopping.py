@@ -18,6 +18,30 @@ def sigterm_stops() -> Iterator[None]:
 
 
 @contextmanager
+def interrupt_later() -> Iterator[None]:
+    """Ctrl-C within the block counts once the block has ended, the second one at once: what starts several processes,
+    and is cut short, leaves some behind.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background
+        yield
+        return
+    told = False
+
+    def wait(*_: Any) -> None:
+        nonlocal told
+        if told:
+            raise KeyboardInterrupt
+        told = True
+
+    with _handled(signal.SIGINT, wait):
+        try:
+            yield
+        finally:
+            if told:
+                raise KeyboardInterrupt
+
+
+@contextmanager
 def no_second_interrupt() -> Iterator[None]:
     """Within the block neither signal does anything: what tidies up is not itself cut short."""
     with _handled(signal.SIGINT, signal.SIG_IGN), _handled(signal.SIGTERM, signal.SIG_IGN):

@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from jpo_ray.cluster.resources import as_options, await_resources, worker_resources
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.errors import InputError
-from jpo_ray.stopping import no_second_interrupt, sigterm_stops
+from jpo_ray.stopping import interrupt_later, no_second_interrupt, sigterm_stops
 from jpo_ray.stored import origins
 
 Row = TypeVar("Row")
@@ -62,7 +62,7 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
     # behind, and try for minutes to reach it.
     options: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
     try:
-        with _quiet_stderr():
+        with _quiet_stderr(), nullcontext() if address else interrupt_later():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         raise InputError(f"cluster.address: no Ray cluster answers at {address} ({error})") from error
