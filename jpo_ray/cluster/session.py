@@ -75,6 +75,10 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
     try:
         with sigterm_stops():
             yield ray
+    except KeyboardInterrupt:
+        # A thread of Ray Data that still runs would start Ray anew.
+        ray._private.auto_init_hook.enable_auto_connect = False
+        raise
     finally:
         with no_second_interrupt():
             ray.shutdown()
