@@ -6,6 +6,7 @@ Engines are no judges of that: one took weights of rank 4 under a config of rank
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from jpo_ray.files import read_json
@@ -43,7 +44,9 @@ def check_adapter(folder: Path, base: Shapes, max_rank: int) -> int:
         raise AdapterError(f"{name}: holds no {WEIGHTS}; pickled weights are not loaded")
     if config.stat().st_size > MAX_CONFIG_BYTES:
         raise AdapterError(f"{name}: {ADAPTER_CONFIG} is larger than {MAX_CONFIG_BYTES} bytes")
-    rank, transposed = _check_config(config, name)
+    fields = _check_config(config, name)
+    rank: int = fields["r"]
+    transposed = bool(fields.get("fan_in_fan_out"))
     if rank > max_rank:
         raise AdapterError(f"{name}: rank {rank}, and max_lora_rank is {max_rank}")
     try:
@@ -51,16 +54,16 @@ def check_adapter(folder: Path, base: Shapes, max_rank: int) -> int:
     except Exception as error:  # the format's own error is not an OSError, and headers may be anything
         raise AdapterError(f"{name}: {WEIGHTS} is not in the safetensors format") from error
     _check_shapes(shapes, base, rank, name, transposed=transposed)
+    _check_targets(shapes, base, fields, name)
     return rank
 
 
-def _check_config(path: Path, name: str) -> tuple[int, bool]:
-    """Rank, and whether the base's matrices are transposed."""
+def _check_config(path: Path, name: str) -> dict[str, Any]:
     no_lora = AdapterError(f"{name}: {ADAPTER_CONFIG} is not that of a LoRA adapter")
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rank, kind = fields["r"], fields["peft_type"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise no_lora from error
     if kind != "LORA" or not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**16:
         raise no_lora
@@ -69,7 +72,22 @@ def _check_config(path: Path, name: str) -> tuple[int, bool]:
             raise AdapterError(f"{name}: {key} is not served")
     if fields.get("bias", "none") != "none":
         raise AdapterError(f"{name}: biases are not served")
-    return rank, bool(fields.get("fan_in_fan_out"))
+    return fields
+
+
+def _check_targets(shapes: Shapes, base: Shapes, fields: dict[str, Any], name: str) -> None:
+    """The config must name the very matrices that the weights update: vLLM goes by the weights, peft by the config."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    optional = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    config = SimpleNamespace(**{key: fields.get(key) for key in optional})
+    matrices = [key.removesuffix(".weight") for key, shape in base.items() if len(shape) == 2]
+    try:
+        named = {matrix for matrix in matrices if check_target_module_exists(config, matrix)}
+    except Exception as error:  # fields that are no lists, patterns that are none
+        raise AdapterError(f"{name}: {ADAPTER_CONFIG} names no target modules") from error
+    if named != {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in shapes}:
+        raise AdapterError(f"{name}: the target modules of {ADAPTER_CONFIG} are not those of {WEIGHTS}")
 
 
 def _check_shapes(shapes: Shapes, base: Shapes, rank: int, name: str, *, transposed: bool) -> None:

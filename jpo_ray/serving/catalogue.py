@@ -83,11 +83,11 @@ class Catalogue:
         if any(engine.name == name for engine in self._plan.engines):
             raise AdapterError(f"`{name}` is a model of this server already", 409)
         allowed = [Path(root) for root in self._plan.adapter_folders]
-        entry = await asyncio.to_thread(self._store.prepare, name, folder, allowed)
         if name in self._store.listed():
             raise AdapterError(f"there is an adapter `{name}` already; remove it first", 409)
         if len(self._store.listed()) >= self._plan.max_adapters:
             raise AdapterError(f"{self._plan.max_adapters} adapters are served already; remove one first", 409)
+        entry = await asyncio.to_thread(self._store.prepare, name, folder, allowed)
         try:
             await self._loaded.try_out(entry)
             await asyncio.to_thread(self._store.add, entry)

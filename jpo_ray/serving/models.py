@@ -1,5 +1,6 @@
 """Which models a run directory offers: the SFT model, adapters on it, and whole models."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +111,10 @@ def beta_beside(folder: Path) -> float | None:
     """The beta that an adapter was trained with, from the manifest beside it."""
     try:
         beta = read_json(folder / "manifest.json")["config"]["train"]["beta"]
-    except (OSError, ValueError, KeyError, TypeError):
+        known = isinstance(beta, int | float) and not isinstance(beta, bool) and 0 < float(beta) < math.inf
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
-    return float(beta) if isinstance(beta, int | float) and not isinstance(beta, bool) and beta > 0 else None
+    return float(beta) if known else None
 
 
 def adapter_warnings(name: str, folder: Path, base: Path, dtype: str) -> list[str]:

@@ -41,14 +41,14 @@ def make_run(root: Path, *, base: Path = BASE_MODEL, betas: dict[str, float] | N
     return root
 
 
-def make_adapter(out: Path, base: Path, *, seed: int, rank: int = 4, size: float = 0.3) -> Path:
+def make_adapter(out: Path, base: Path, *, seed: int, rank: int = 4, size: float = 0.3, **more: Any) -> Path:
     """An adapter of random weights, the more of another mind the larger `size`."""
-    train = TrainConfig(name="any", lora_r=rank, lora_alpha=2 * rank)
+    train = TrainConfig(name="any", lora_r=rank, lora_alpha=2 * rank, **more)
     adapter = add_lora(load_model(base, dtype="float32"), train, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, weight in adapter.named_parameters():
             if "lora_B" in key:
                 weight.copy_(size * torch.randn(weight.shape, generator=generator))
-    adapter.save_pretrained(out)
+    adapter.save_pretrained(out, save_embedding_layers=False)
     return out

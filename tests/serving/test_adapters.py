@@ -90,8 +90,9 @@ def test_beta_is_that_of_the_training(good: Path, store: AdapterStore, tmp_path:
     trained = shutil.copytree(good, tmp_path / "trained")
     (trained / "manifest.json").write_text(json.dumps({"config": {"train": {"beta": 0.7}}}))
     assert store.prepare("a", "trained", [tmp_path]).beta == 0.7
-    (trained / "manifest.json").write_text(json.dumps({"config": {"train": {"beta": -1}}}))
-    assert store.prepare("a", "trained", [tmp_path]).beta == 0.3
+    for beta in ("-1", "0", "true", "1e999", "9" * 400, "[" * 9999):
+        (trained / "manifest.json").write_text('{"config": {"train": {"beta": ' + beta + "}}}")
+        assert store.prepare("a", "trained", [tmp_path]).beta == 0.3
 
 
 @pytest.mark.parametrize("folder", TRAVERSALS)
@@ -135,6 +136,9 @@ def test_pickles_are_not_weights(good: Path, shapes: Shapes, tmp_path: Path) -> 
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is not served"),
         ({"bias": "all"}, "biases are not served"),
         ({"r": 2}, r"has the shape \[.*\], which does not fit base and rank"),
+        ({"target_modules": ["q_proj"]}, "target modules of adapter_config.json are not those of"),
+        ({"target_modules": ["none"]}, "target modules of adapter_config.json are not those of"),
+        ({"target_modules": "("}, "names no target modules"),
         ({"fan_in_fan_out": True}, r"has the shape \[.*\], which does not fit base and rank"),
     ],
 )

@@ -3,23 +3,28 @@
 from pathlib import Path
 
 import pytest
+from engine.tiny import make_llama
 
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.serving.plan import begun, make_plan
 from jpo_ray.serving.policies import Policies
 from jpo_ray.serving.scores import batch_size
-from serving.served_run import make_run
+from serving.served_run import make_adapter, make_run
 
 pytest.importorskip("vllm")
 
 ITEMS = [("Name a fruit.", "A pear."), ("Copy: one two", "one two")]
 
 
-@pytest.fixture
-def policies(llama: Path, tmp_path: Path) -> Policies:
-    plan = make_plan(ServeConfig(run_dir=str(make_run(tmp_path / "run", base=llama))), keys_required=False)
+def policies_on(base: Path, tmp_path: Path) -> Policies:
+    plan = make_plan(ServeConfig(run_dir=str(make_run(tmp_path / "run", base=base))), keys_required=False)
     plan = begun(plan, tmp_path / "state")
     return Policies(plan, plan.store(0.1), "cpu")
+
+
+@pytest.fixture
+def policies(llama: Path, tmp_path: Path) -> Policies:
+    return policies_on(llama, tmp_path)
 
 
 def test_an_adapter_removed_meanwhile_fails_its_own_request_alone(policies: Policies) -> None:
@@ -29,6 +34,16 @@ def test_an_adapter_removed_meanwhile_fails_its_own_request_alone(policies: Poli
     policies._store.remove("jpo")
     assert policies.score(asked) == [None, before[1], before[2]]
     assert policies.score([("jpo", ITEMS)]) == [None]
+
+
+def test_an_adapter_on_the_head_is_scored_whole_whatever_was_loaded_before(tmp_path: Path) -> None:
+    policies = policies_on(make_llama(tmp_path / "untied", tied=False), tmp_path)
+    folder = make_adapter(tmp_path / "head", tmp_path / "untied", seed=3, lora_target_modules=["q_proj", "lm_head"])
+    policies._store.add(policies._store.prepare("head", "head", [folder.parent]))
+    alone = Policies(policies._plan, policies._store, "cpu").score([("head", ITEMS)])
+    jpo, head = policies.score([("jpo", ITEMS), ("head", ITEMS)])
+    assert [head] == alone
+    assert policies.score([("jpo", ITEMS)]) == [jpo]
 
 
 def test_a_batch_is_as_large_as_its_items() -> None:
