@@ -52,6 +52,8 @@ async def overload(server: Server, seconds: float, most: int) -> str:
         took_s = time.monotonic() - began
         alive = await ready(client)
     served, refused = found["served"], found["refused"]
+    if len(served) < 2 or len(refused) < 2:
+        return f"overload: no overload: {len(served)} served, {len(refused)} refused, {len(found['other'])} other"
     return (
         f"overload: a server of {most} that answers {capacity:.1f} requests/s, asked {number / seconds:.0f}/s for "
         f"{seconds:g} s: {len(served)} served ({len(served) / took_s:.1f}/s, {median(served):.1f} s median), "

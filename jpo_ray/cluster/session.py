@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune prints its own summary otherwise
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what they write of side-by-side trainings is deleted in the end
     "RAY_DEDUP_LOGS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -1,6 +1,5 @@
 """Trainings side by side, as the trials of a Ray Tune run: as many at a time as were asked for and have room."""
 
-import os
 import shutil
 import threading
 import time
@@ -60,7 +59,6 @@ def run_trials(
     `config.max_failures` times; what it finds in the run directory it goes on with. `notes` is a folder for Tune's own
     notes, deleted in the end; `show` is called every second. Raises what a trial raised, once all have ended.
     """
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # what they write is deleted in the end
     from ray import tune
 
     wanted = worker_resources(ray, config, config.num_workers * config.trainings_at_once)

@@ -53,8 +53,8 @@ def check_adapter(folder: Path, base: Shapes, max_rank: int) -> int:
         shapes = _shapes(weights)
     except Exception as error:  # the format's own error is not an OSError, and headers may be anything
         raise AdapterError(f"{name}: {WEIGHTS} is not in the safetensors format") from error
-    _check_shapes(shapes, base, rank, name, transposed=transposed)
-    _check_targets(shapes, base, fields, name)
+    updated = _check_shapes(shapes, base, rank, name, transposed=transposed)
+    _check_targets(updated, base, fields, name)
     return rank
 
 
@@ -75,7 +75,7 @@ def _check_config(path: Path, name: str) -> dict[str, Any]:
     return fields
 
 
-def _check_targets(shapes: Shapes, base: Shapes, fields: dict[str, Any], name: str) -> None:
+def _check_targets(updated: set[str], base: Shapes, fields: dict[str, Any], name: str) -> None:
     """The config must name the very matrices that the weights update: vLLM goes by the weights, peft by the config."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -86,12 +86,14 @@ def _check_targets(shapes: Shapes, base: Shapes, fields: dict[str, Any], name: s
         named = {matrix for matrix in matrices if check_target_module_exists(config, matrix)}
     except Exception as error:  # fields that are no lists, patterns that are none
         raise AdapterError(f"{name}: {ADAPTER_CONFIG} names no target modules") from error
-    if named != {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in shapes}:
+    if named != updated:
         raise AdapterError(f"{name}: the target modules of {ADAPTER_CONFIG} are not those of {WEIGHTS}")
 
 
-def _check_shapes(shapes: Shapes, base: Shapes, rank: int, name: str, *, transposed: bool) -> None:
-    """Every tensor must be half of an update of a matrix that the base has, and none may lack its other half."""
+def _check_shapes(shapes: Shapes, base: Shapes, rank: int, name: str, *, transposed: bool) -> set[str]:
+    """The matrices that are updated. Every tensor must be half of an update of a matrix that the base has, and none may
+    lack its other half.
+    """
     halves: dict[str, set[str]] = {}
     for key, shape in shapes.items():
         module, _, half = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
@@ -104,6 +106,7 @@ def _check_shapes(shapes: Shapes, base: Shapes, rank: int, name: str, *, transpo
         halves.setdefault(module, set()).add(half)
     if not halves or any(len(found) != 2 for found in halves.values()):
         raise AdapterError(f"{name}: {WEIGHTS} is not complete")
+    return set(halves)
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
