@@ -23,36 +23,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
+from scaled.edges import measure_edges
+from scaled.memory import Memory, Row, measured
 
-from jpo_ray import records, shards
+from jpo_ray import shards
 from jpo_ray.artifacts import package_versions
 from jpo_ray.files import write_json
 
-WIDTH = 384
-MIB = 2**20
 SIZES = ((1_000, 10_000), (10_000, 100_000), (100_000, 1_000_000), (100_000, 10_000_000))
 CACHE_ROWS = (10_000, 100_000, 1_000_000)
 SHARING_ITEMS = (44_000, 1_449)  # of two blocks of 45 of a million items; of a group in which all are compared
 STEPS = (512, 8_192, 65_536)
 TOKEN_ITEMS = (300, 3_000, 30_000)
-PER_STEP = 512  # comparisons of a training step
-
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -108,177 +98,6 @@ def _apart(name: str, **options: Any) -> list[Row]:
         return rows
 
 
-class Memory:
-    """Peak private memory of this process and of its workers together, in MiB, and the workers' CPU seconds, since the
-    last `reset`.
-    """
-
-    def __init__(self) -> None:
-        self._me = psutil.Process()
-        self.driver = self.workers = 0.0
-        self._busy: dict[int, tuple[float, float]] = {}  # by process: CPU seconds at the reset, and last seen
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def reset(self) -> None:
-        self.driver = self.workers = 0.0
-        self._busy = {pid: (last, last) for pid, (_, last) in self._busy.items()}
-
-    @property
-    def workers_busy(self) -> float:
-        return sum(last - first for first, last in list(self._busy.values()))
-
-    def _watch(self) -> None:
-        while True:
-            self.driver = max(self.driver, _private(self._me))
-            workers = [each for each in self._me.children(recursive=True) if _is_worker(each)]
-            self.workers = max(self.workers, sum(map(_private, workers)))
-            for each in workers:
-                seconds = _cpu_seconds(each)
-                self._busy[each.pid] = self._busy.get(each.pid, (seconds, 0.0))[0], seconds
-            time.sleep(0.1)
-
-
-def _is_worker(process: psutil.Process) -> bool:
-    try:
-        return process.name().startswith("ray::")
-    except psutil.Error:
-        return False
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    try:
-        return float(sum(process.cpu_times()[:2]))
-    except psutil.Error:
-        return 0.0
-
-
-def _private(process: psutil.Process) -> float:
-    try:
-        return float(process.memory_full_info().uss) / MIB
-    except psutil.Error:
-        return 0.0
-
-
-@contextmanager
-def _measured(memory: Memory, row: Row, count: int) -> Iterator[None]:
-    memory.reset()
-    before, started, busy = _private(psutil.Process()), time.perf_counter(), time.process_time()
-    yield
-    seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    row |= {"seconds": round(seconds, 2), "us each": 1e6 * seconds / count}
-    time.sleep(0.2)
-    row |= {"CPU us: driver": 1e6 * busy / count, "workers": 1e6 * memory.workers_busy / count}
-    row |= {"driver MiB": round(memory.driver), "of it new": round(memory.driver - before)}
-    row |= {"workers MiB": round(memory.workers)}
-
-
-def measure_edges(items: int, edges: int) -> Iterator[Row]:
-    from jpo_ray.cluster.session import ray_session
-    from jpo_ray.config_file import parse_config
-    from jpo_ray.pipeline.judge_stage import judge_all
-    from jpo_ray.pipeline.pair_shards import make_pairs
-
-    root = Path(tempfile.mkdtemp())
-    make_items(root, items)
-    config = parse_config(
-        {
-            "items": {"train": [{"path": "none.jsonl"}]},
-            "model": {"model_name_or_path": "none"},
-            "pairs": {"joint": {"budget": edges - items // 2}},
-            "judge": {"annotator": "ratings", "tie_band": 0.02},
-            "sft": None,
-            "train": [{"objective": "jpo", "comparisons_per_step": PER_STEP}],
-            "sample": None,
-            "evaluate": None,
-        },
-        "benchmark",
-    )
-    memory, base = Memory(), {"work": f"edges ({items:,} items, {edges:,} comparisons)"}
-    with ray_session(config.cluster) as ray:
-        ray.get(ray.remote(lambda: 0).remote())  # workers are up
-        context: Any = SimpleNamespace(
-            config=config, console=Console(file=StringIO()), path=lambda name: root / name, ray=lambda: ray,
-            seed=lambda seed=None: config.seed if seed is None else seed,
-        )  # fmt: skip
-        for name in ("pairs", "judge"):
-            (root / name).mkdir()
-        pairs: Row = base | {"step": "pairs"}
-        with _measured(memory, pairs, edges):
-            make_pairs(context, root / "pairs", root / "work")
-        yield pairs | _stored(root / "pairs" / "pairs.parquet")
-        shutil.rmtree(root / "work")
-        judged: Row = base | {"step": "judge"}
-        with _measured(memory, judged, edges):
-            judge_all(context, root / "judge")
-        yield judged | _stored(root / "judge" / "judgments.parquet")
-    yield from _sampler(memory, base, root, config.train[0])
-    shutil.rmtree(root)
-
-
-def _sampler(memory: Memory, base: Row, root: Path, entry: Any) -> Iterator[Row]:
-    """What each training worker does beside the model: the edges' shards read, an epoch cut into batches."""
-    from jpo_ray.engine.dataset import PreferenceData
-    from jpo_ray.engine.jobs import read_edges
-    from jpo_ray.engine.schedules import EdgeSchedule
-
-    table = records.read_table(root / "items" / "items.parquet", records.ITEMS)
-    for batching in ("pairs", "graph"):
-        row: Row = base | {"step": f"sampler ({batching})"}
-        config = entry.model_copy(update={"batching": batching})
-        files = shards.files_of(root / "judge" / "preferences.parquet")
-        count = shards.row_count(root / "judge" / "preferences.parquet")
-        with _measured(memory, row, count):
-            used = shards.distinct_values(files, ["chosen", "rejected"])
-            train, validation = read_edges(files, used, config)
-            tokens: Any = SimpleNamespace(lengths=np.full(len(table), 100), prompt_groups=None)
-            data = PreferenceData(tokens, None, len(table), train, validation)
-            schedule = EdgeSchedule(data, train, config, seed=0)
-            scored = seen = 0
-            for step in range(schedule.total_steps):
-                batch = schedule.batch(step)
-                seen += len(batch)
-                scored += len(np.unique(np.concatenate([batch.chosen, batch.rejected])))
-        assert seen == count
-        yield row | _stored(root / "judge" / "preferences.parquet") | {"items per comparison": scored / seen}
-
-
-def _stored(path: Path) -> Row:
-    files = shards.files_of(path)
-    size = sum(file.stat().st_size for file in files)
-    return {"files": len(files), "bytes each": size / max(1, shards.row_count(path))}
-
-
-def make_items(root: Path, count: int) -> None:
-    """Items, ratings and embeddings as their stages write them."""
-    rng = np.random.default_rng(0)
-    numbers = np.arange(count)
-    instruction_ids = [records.instruction_id(f"Write about topic {n}.") for n in range(count // 2)]
-    for name in ("items", "embeddings"):
-        (root / name).mkdir(parents=True)
-    responses = [f"Response {n} about topic {n // 2}." for n in range(count)]
-    ids = [records.item_id(f"Write about topic {n // 2}.", responses[n]) for n in range(count)]
-    columns = {
-        "item_id": ids,
-        "instruction_id": [instruction_ids[n // 2] for n in range(count)],
-        "instruction": [f"Write about topic {n // 2}." for n in range(count)],
-        "response": responses,
-        "source": pa.repeat("benchmark", count),
-        "split": pa.repeat("train", count),
-        "sft": np.ones(count, dtype=bool),  # all of them may be in joint pairs
-        "gold": numbers % 2 == 0,
-    }
-    records.write_table(root / "items" / "items.parquet", pa.table(columns), records.ITEMS)
-    records.write_table(root / "items" / "labels.parquet", [], records.LABELS)
-    ratings = pa.table({"item_id": ids, "rating": rng.random(count)})
-    records.write_table(root / "items" / "ratings.parquet", ratings, records.RATINGS)
-    vectors = rng.standard_normal((count // 2, WIDTH), dtype=np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    from jpo_ray.pairs.embedding import vector_column
-
-    table = pa.table([instruction_ids, vector_column(vectors.astype(np.float16))], schema=records.EMBEDDINGS)
-    records.write_table(root / "embeddings" / "embeddings.parquet", table, records.EMBEDDINGS)
-
-
 def measure_cache(rows: int) -> Iterator[Row]:
     from jpo_ray.cluster.reference import COMMIT_SEQUENCES
     from jpo_ray.data.tokens import TokenizedItems
@@ -291,14 +110,14 @@ def measure_cache(rows: int) -> Iterator[Row]:
     tokens = TokenizedItems(ids, np.arange(rows + 1) * 100, np.full(rows, 40, dtype=np.int32), truncated=0)
     key = {"format": 1, "weights": "none"}
     written: Row = {"work": "reference cache", "rows": rows, "step": "write"}
-    with _measured(memory, written, rows):
+    with measured(memory, written, rows):
         for start in range(0, rows, COMMIT_SEQUENCES):
             part = range(start, min(rows, start + COMMIT_SEQUENCES))
             append_cache(folder, key, ((tokens.sequence_id(row), *values[row]) for row in part))
     size = sum(file.stat().st_size for file in folder.rglob("*.parquet"))
     yield written | {"bytes each": size / rows}
     read: Row = {"work": "reference cache", "rows": rows, "step": "read"}
-    with _measured(memory, read, rows):
+    with measured(memory, read, rows):
         cached = read_cache(folder, key)
         assert not len(missing_rows(tokens, cached))
     yield read
@@ -316,7 +135,7 @@ def measure_sharing(items: int) -> Iterator[Row]:
     memory = Memory()
     for per_step in STEPS:
         row: Row = {"work": "one shard's batches", "items": items, "comparisons": len(first), "per step": per_step}
-        with _measured(memory, row, len(first)):
+        with measured(memory, row, len(first)):
             batches = graph(first, second, Limits(per_step), 0, 0)
         scored = sum(len(np.unique(np.concatenate([first[batch], second[batch]]))) for batch in batches)
         yield row | {"items per comparison": scored / len(first)}
@@ -334,12 +153,12 @@ def measure_tokens(items: int) -> Iterator[Row]:
     texts = [(row["instruction"], row[name]) for row in rows for name in ("response_0", "response_1")]
     made: Row = {"work": "items and tokens", "items": items, "step": "tokenize"}
     layout = Layout("### Instructions: {instruction}\n\n### Response:", " ", 256)
-    with _measured(memory, made, items):
+    with measured(memory, made, items):
         tokens = tokenize(load_tokenizer(BASE_MODEL), layout, *(list(side) for side in zip(*texts, strict=True)))
     count = int(tokens.lengths.sum())
     yield made | {"tokens": count}
     scored: Row = {"work": "items and tokens", "items": items, "step": "reference scores"}
-    with _measured(memory, scored, items):
+    with measured(memory, scored, items):
         score_all(scorer, tokens, np.arange(items), max_tokens=4096)
     yield scored | {"tokens": count, "us per token": 1e6 * scored["seconds"] / count}
 

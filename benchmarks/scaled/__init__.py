@@ -1,0 +1,1 @@
+"""What `benchmarks/scaling.py` measures, and with what."""
