@@ -18,6 +18,13 @@ def sigterm_stops() -> Iterator[None]:
 
 
 @contextmanager
+def sigterm_ignored() -> Iterator[None]:
+    """Within the block SIGTERM does nothing, and Ctrl-C still cuts it short."""
+    with _handled(signal.SIGTERM, signal.SIG_IGN):
+        yield
+
+
+@contextmanager
 def interrupt_later() -> Iterator[None]:
     """Ctrl-C within the block counts once the block has ended, the second one at once: what starts several processes,
     and is cut short, leaves some behind.
@@ -44,7 +51,7 @@ def interrupt_later() -> Iterator[None]:
 @contextmanager
 def no_second_interrupt() -> Iterator[None]:
     """Within the block neither signal does anything: what tidies up is not itself cut short."""
-    with _handled(signal.SIGINT, signal.SIG_IGN), _handled(signal.SIGTERM, signal.SIG_IGN):
+    with _handled(signal.SIGINT, signal.SIG_IGN), sigterm_ignored():
         yield
 
 

@@ -51,8 +51,11 @@ def check_adapter(folder: Path, base: Shapes, max_rank: int) -> int:
         raise AdapterError(f"{name}: rank {rank}, and max_lora_rank is {max_rank}")
     try:
         shapes = _shapes(weights)
+        odd = _not_finite(weights)
     except Exception as error:  # the format's own error is not an OSError, and headers may be anything
         raise AdapterError(f"{name}: {WEIGHTS} is not in the safetensors format") from error
+    if odd is not None:
+        raise AdapterError(f"{name}: {odd[:100]} holds what is no finite number")
     updated = _check_shapes(shapes, base, rank, name, transposed=transposed)
     _check_targets(updated, base, fields, name)
     return rank
@@ -114,3 +117,12 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     with safe_open(path, "pt") as opened:
         return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+
+
+def _not_finite(path: Path) -> str | None:
+    """A tensor with NaN or infinity in it."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        return next((key for key in opened.keys() if not torch.isfinite(opened.get_tensor(key)).all()), None)  # noqa: SIM118

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -90,13 +90,20 @@ class AdapterStore:
             self._write(now | {entry.name: entry})
 
     def remove(self, name: str) -> None:
-        """Take an adapter off the list. Raises `AdapterError` where there is none of that name."""
+        """Take an adapter off the list, its copy with it. Raises `AdapterError` where there is none of that name."""
         with _locked(self.root):
             now = dict(self.listed())
             if name not in now:
-                raise AdapterError("there is no adapter of that name", 404)
-            del now[name]
+                raise no_adapter()
+            entry = now.pop(name)
             self._write(now)
+        self.discard(entry)
+
+    def discard(self, entry: Listed) -> None:
+        """Delete the copy of an adapter that is not on the list; engines that hold its weights need it no more."""
+        with _locked(self.root):
+            if all(other.folder != entry.folder for other in self.listed().values()):
+                shutil.rmtree(entry.folder, ignore_errors=True)
 
     def _checked(self, adapter: Adapter) -> Listed:
         rank = check_adapter(adapter.folder, self._shapes, self._max_rank)
@@ -110,18 +117,23 @@ class AdapterStore:
         if not target.is_dir():
             building = target.with_name(f".{secrets.token_hex(8)}")
             building.mkdir(parents=True)
-            for file in (ADAPTER_CONFIG, WEIGHTS):
-                shutil.copyfile(adapter.folder / file, building / file)
-            check_adapter(building, self._shapes, self._max_rank)  # what is served is what was checked
             try:
-                building.rename(target)
-            except OSError:  # another replica was quicker
-                shutil.rmtree(building)
+                for file in (ADAPTER_CONFIG, WEIGHTS):
+                    shutil.copyfile(adapter.folder / file, building / file)
+                check_adapter(building, self._shapes, self._max_rank)  # what is served is what was checked
+                with suppress(OSError):  # another replica was quicker
+                    building.rename(target)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
         assert set(file_hashes(target)) == {ADAPTER_CONFIG, WEIGHTS}
         return replace(entry, folder=str(target))
 
     def _write(self, listed: dict[str, Listed]) -> None:
         write_json(self.root / LIST, {name: asdict(entry) for name, entry in listed.items()})
+
+
+def no_adapter() -> AdapterError:
+    return AdapterError("there is no adapter of that name", 404)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The models of one endpoint by name, wherever they run."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 from jpo_ray.serving.adapter_checks import AdapterError
 from jpo_ray.serving.adapters import AdapterStore
-from jpo_ray.serving.engines import Engine
+from jpo_ray.serving.engines import Engine, EngineError
 from jpo_ray.serving.loaded import LoadedAdapters
 from jpo_ray.serving.models import adapter_warnings
 from jpo_ray.serving.plan import Plan
+from jpo_ray.serving.policies import GONE, PARTS, Scores
 
 
 class UnknownModel(KeyError):
@@ -73,9 +75,13 @@ class Catalogue:
         if self._scorer is None:
             raise AdapterError("this server does not score (scoring: null)", 404)
         self.card(name)
-        scores: list[dict[str, Any]] | None = await self._scorer.score.remote(name, items)
-        if scores is None:  # removed since the line above
+        scores: Scores = await self._scorer.score.remote(name, items)
+        if scores == GONE:  # since the line above
             raise UnknownModel(name)
+        if isinstance(scores, str):
+            raise EngineError("this model cannot be scored; the server's log has the reason", 500)
+        if not all(math.isfinite(entry[part]) for entry in scores for part in PARTS):
+            raise AdapterError("the log-probabilities under this model are no finite numbers")
         return scores
 
     async def add_adapter(self, name: str, folder: str) -> list[str]:
@@ -91,8 +97,9 @@ class Catalogue:
         try:
             await self._loaded.try_out(entry)
             await asyncio.to_thread(self._store.add, entry)
-        finally:
-            await self._loaded.forget()  # it stays where it is on the list now
+        finally:  # engine and disk keep what is on the list now
+            await self._loaded.forget()
+            await asyncio.to_thread(self._store.discard, entry)
         base = Path(self._plan.engines[0].folder)
         return await asyncio.to_thread(adapter_warnings, name, Path(entry.source), base, self._plan.dtype)
 

@@ -57,10 +57,14 @@ class RemoteEngine:
         self._handle = handle.options(stream=True)
 
     async def generate(self, kind: str, fields: dict[str, Any], request_id: str) -> AsyncGenerator[str, None]:
-        async for answer in self._handle.generate.remote(kind, fields, request_id):
-            if answer.startswith("error "):  # exceptions of one's own do not cross processes as themselves
-                raise EngineError(**json.loads(answer.removeprefix("error ")))
-            yield answer
+        answers = self._handle.generate.remote(kind, fields, request_id)
+        try:
+            async for answer in answers:
+                if answer.startswith("error "):  # exceptions of one's own do not cross processes as themselves
+                    raise EngineError(**json.loads(answer.removeprefix("error ")))
+                yield answer
+        finally:  # of a client that left, too
+            answers.cancel()
 
 
 def _error(error: Any) -> EngineError:

@@ -81,12 +81,12 @@ class Guard:
                 await reply.refuse(refusal)
         finally:
             seconds = time.monotonic() - started
-            self._telemetry.end(scope["path"], reply.status, seconds)
+            self._telemetry.end(_route(scope), reply.status, seconds)
             _log(scope, identity, reply, seconds)
             request_id.reset(token)
 
     async def _admit(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
-        counted = scope["method"] == "POST"
+        counted = _route(scope) not in OPEN
         if counted and self.under_way >= self._limits.max_requests:
             wait = str(self._limits.retry_after_s).encode()
             await reply.refuse(Refusal(429, "too many requests are under way; try again", ((b"retry-after", wait),)))
@@ -110,14 +110,15 @@ class Guard:
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Refusal | None:
         """Why a request is not let in, or None."""
-        if scope["path"] in OPEN and scope["method"] in ("GET", "HEAD"):
+        route = _route(scope)
+        if route in OPEN and scope["method"] in ("GET", "HEAD"):
             return None
         if scope["method"] == "OPTIONS" and self._allowed_origin(headers) is not None:
             return _preflight()
         if not self._keys:
             if not _from_here(scope, headers):
                 return Refusal(403, "this server has no API keys and answers this machine alone")
-            if scope["path"].startswith(KEYED):
+            if route.startswith(KEYED):
                 return Refusal(403, f"adapters are changed with an API key only; start the server with {KEYS_VARIABLE}")
         elif not self._keys.opened_by(headers.get(b"authorization", b"")):
             return Refusal(401, "an API key is needed", ((b"www-authenticate", DIALOG),))
@@ -179,6 +180,12 @@ def error_body(message: str, status: int, param: str | None = None) -> bytes:
     kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     name = kind.get(status, "invalid_request_error" if status < 500 else "server_error")
     return json.dumps({"error": {"message": message, "type": name, "param": param, "code": status}}).encode()
+
+
+def _route(scope: Scope) -> str:
+    """The path below the prefix that the application is deployed at, as the routes behind the guard see it."""
+    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(prefix) :] if path.startswith(f"{prefix}/") else path
 
 
 def _limited(receive: Receive, most: int) -> Receive:

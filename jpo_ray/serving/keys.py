@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from jpo_ray.config_serve import KEYS_VARIABLE, ServeConfig
+from jpo_ray.config_serve import KEYS_VARIABLE, LOOPBACK, ServeConfig
 from jpo_ray.errors import InputError
 
 SHORTEST_KEY = 16  # characters; a shorter one can be guessed
@@ -50,11 +50,12 @@ def read_keys(config: ServeConfig) -> Keys:
     return Keys(keys)
 
 
-def require_keys(config: ServeConfig, keys: Keys) -> None:
+def require_keys(keys: Keys, *hosts: str) -> None:
     """Raise `InputError` where a server without keys would listen to the network."""
-    if not keys and not config.loopback:
+    beyond = [host for host in hosts if host not in LOOPBACK]
+    if beyond and not keys:
         raise InputError(
-            f"host {config.host}: listens beyond this machine, which needs API keys; set {KEYS_VARIABLE} or keys_file"
+            f"host {beyond[0]}: listens beyond this machine, which needs API keys; set {KEYS_VARIABLE} or keys_file"
         )
 
 

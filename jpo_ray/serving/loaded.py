@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from jpo_ray.serving.adapter_checks import AdapterError
-from jpo_ray.serving.adapters import AdapterStore, Listed
+from jpo_ray.serving.adapters import AdapterStore, Listed, no_adapter
 
 ROOM_TIMEOUT_S = 30.0  # for answers of removed adapters to end
 
@@ -62,8 +62,14 @@ class LoadedAdapters:
     async def _load(self, entry: Listed) -> None:
         async with self._changing:
             await self._sync()
-            if self._loaded.get(entry.name) != entry:
+            if self._loaded.get(entry.name) == entry:
+                return
+            try:
                 await self._put_in(entry)
+            except AdapterError as error:
+                if self._store.listed().get(entry.name) != entry:  # removed while it was asked for
+                    raise no_adapter() from error
+                raise
 
     async def _sync(self) -> None:
         listed = self._store.listed()

@@ -38,6 +38,7 @@ class Plan:
     layout: Layout
     dtype: str
     max_model_len: int
+    vocabulary: int  # tokens that every model embeds
     max_adapters: int
     max_rank: int
     state_dir: str  # below which every server has a folder of its own; that folder once it has `begun`
@@ -61,7 +62,7 @@ def make_plan(config: ServeConfig, *, keys_required: bool) -> Plan:
     beta = config.scoring.beta if config.scoring else 0.1
     for entry in offer.full:
         engines.append(EnginePlan(entry.name, str(entry.folder.resolve()), entry.beta or beta, takes_adapters=False))
-    max_model_len = _max_model_len(config, offer)
+    texts = _text_configs(offer)
     run_folder = run_root(location(config.run_dir or "."))
     state = Path(config.state_dir or run_folder / "serving").expanduser().resolve()
     shapes = base_shapes(offer.base)
@@ -76,7 +77,8 @@ def make_plan(config: ServeConfig, *, keys_required: bool) -> Plan:
         base=str(offer.base),
         layout=offer.layout,
         dtype=offer.dtype,
-        max_model_len=max_model_len,
+        max_model_len=_max_model_len(config, texts),
+        vocabulary=min(text.vocab_size for text in texts),
         max_adapters=config.max_adapters,
         max_rank=_rank([config.max_lora_rank, *(entry.rank for entry in adapters)]),
         state_dir=str(state),
@@ -154,14 +156,18 @@ def _rank(ranks: list[int]) -> int:
     return fitting
 
 
-def _max_model_len(config: ServeConfig, offer: Offer) -> int:
-    """Tokens of prompt and answer together."""
+def _text_configs(offer: Offer) -> list[Any]:
+    """What each base model's `config.json` says of its text model."""
     from transformers import AutoConfig
 
     from jpo_ray.engine.model import resolve_model
 
     folders = [resolve_model(str(folder), "serve") for folder in (offer.base, *(entry.folder for entry in offer.full))]
-    texts = [AutoConfig.from_pretrained(folder).get_text_config() for folder in folders]
+    return [AutoConfig.from_pretrained(folder).get_text_config() for folder in folders]
+
+
+def _max_model_len(config: ServeConfig, texts: list[Any]) -> int:
+    """Tokens of prompt and answer together."""
     most = min((n for text in texts if (n := getattr(text, "max_position_embeddings", None))), default=None)
     if config.max_model_len is not None:
         if most and config.max_model_len > most:

@@ -1,5 +1,6 @@
 """The SFT model, adapters on it and whole models, ready to score with the engine that trained them."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from jpo_ray.serving.plan import EnginePlan, Plan
 PASS_TOKENS = 4096  # that go through the model at a time
 PARTS = ("instruction", "response")
 Asked = tuple[str, list[tuple[str, str]]]  # a model, and items as (instruction, response)
+GONE, FAILED = "gone", "failed"  # why there are no scores
+Scores = list[dict[str, Any]] | str  # of each item; or one of these
+LOGGER = logging.getLogger("ray.serve")
 
 
 class Policies:
@@ -31,35 +35,34 @@ class Policies:
         for entry in plan.adapters:
             self._adapter(entry.folder)
 
-    def score(self, asked: Sequence[Asked]) -> list[list[dict[str, Any]] | None]:
-        """What `Scorer.score` gives, for several requests: the reference scores all their items in one go."""
-        models = {name: self._found(name) for name in dict.fromkeys(name for name, _ in asked)}
-        known = [(name, some) for name, some in asked if models[name] is not None]
-        scores = iter(self._of_known(known, models) if known else [])
-        return [next(scores) if models[name] is not None else None for name, _ in asked]
-
-    def _of_known(self, asked: Sequence[Asked], models: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    def score(self, asked: Sequence[Asked]) -> list[Scores]:
+        """What `Scorer.score` gives, for several requests: the reference scores all their items in one go, and a model
+        that fails fails its own requests alone.
+        """
         items = list(dict.fromkeys(item for _, some in asked for item in some))
+        row_of = {item: row for row, item in enumerate(items)}
         tokens = self._tokens(items)
         reference = self._reference(tokens)
-        row_of = {item: row for row, item in enumerate(items)}
-        found: dict[str, list[dict[str, Any]]] = {}
-        answers = []
+        found: dict[str, Scores] = {}
         for model in dict.fromkeys(name for name, _ in asked):
             rows = sorted({row_of[item] for name, some in asked if name == model for item in some})
-            found[model] = self._of_model(models[model], tokens, rows, reference)
-        for name, some in asked:
-            answers.append([found[name][row_of[item]] for item in some])
-        return answers
+            try:
+                found[model] = self._of_model(model, tokens, rows, reference)
+            except Exception:
+                LOGGER.exception("scoring under %s failed", model)
+                found[model] = FAILED if self._found(model) else GONE  # its files went with it
+        return [_taken(found[name], [row_of[item] for item in some]) for name, some in asked]
 
     def _found(self, name: str) -> EnginePlan | Listed | None:
         """The model of that name; None for an adapter that was taken off the list since it was asked for."""
         engine = next((engine for engine in self._plan.engines if engine.name == name), None)
         return engine or self._store.listed().get(name)
 
-    def _of_model(
-        self, model: EnginePlan | Listed, tokens: TokenizedItems, rows: list[int], reference: Any
-    ) -> list[dict[str, Any]]:
+    def _of_model(self, name: str, tokens: TokenizedItems, rows: list[int], reference: Any) -> Scores:
+        """Scores by row of `tokens`, those of `rows` filled in."""
+        model = self._found(name)
+        if model is None:
+            return GONE
         beta, policy = self._policy(model, tokens, rows)
         results: list[dict[str, Any]] = [{} for _ in range(len(tokens))]
         for place, row in enumerate(rows):
@@ -136,3 +139,7 @@ class Policies:
 
     def _tokens(self, items: Sequence[tuple[str, str]]) -> TokenizedItems:
         return tokenize(self._tokenizer, self._plan.layout, [i for i, _ in items], [r for _, r in items])
+
+
+def _taken(scores: Scores, rows: list[int]) -> Scores:
+    return scores if isinstance(scores, str) else [scores[row] for row in rows]

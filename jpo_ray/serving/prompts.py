@@ -10,9 +10,9 @@ from jpo_ray.serving.bodies import BodyError, ChatBody, CompletionBody, Item
 class Prompts:
     """Lays requests out as the served models learned it."""
 
-    def __init__(self, tokenizer: Any, layout: Layout, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Any, layout: Layout, max_model_len: int, vocabulary: int) -> None:
         self._tokenizer, self._layout, self._max_model_len = tokenizer, layout, max_model_len
-        self._vocabulary = len(tokenizer)
+        self._vocabulary = min(vocabulary, len(tokenizer))  # tokens that may be added are not always embedded
         self._longest_token = max(map(len, tokenizer.get_vocab()))
         self._most_characters = max_model_len * self._longest_token
 
@@ -21,7 +21,7 @@ class Prompts:
         instruction = body.instruction()
         self._require_short(instruction, "messages")
         ids = prompt_ids(self._tokenizer, self._layout, [instruction])[0]
-        self._require_room(ids, "messages")
+        self._require_taken(ids, "messages")
         return ids
 
     def of_completion(self, body: CompletionBody) -> list[list[int]]:
@@ -31,9 +31,7 @@ class Prompts:
             self._require_short(prompt, "prompt")
         ids = [raw_ids(self._tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt for prompt in prompts]
         for row in ids:
-            if max(row, default=0) >= self._vocabulary:
-                raise BodyError(f"prompt: token {max(row)}, and the vocabulary has {self._vocabulary}", "prompt")
-            self._require_room(row, "prompt")
+            self._require_taken(row, "prompt")
         return ids
 
     def require_scorable(self, items: Mapping[str, Item]) -> None:
@@ -50,6 +48,7 @@ class Prompts:
         for field, prompt, response in zip(items, prompts, responses, strict=True):
             if (length := len(prompt) + len(response)) > most:
                 raise BodyError(f"{field}: {length} tokens, {takes}", field)
+            self._require_embedded([*prompt, *response], field)
 
     def room(self, prompts: list[list[int]], asked: int, *, wanted: bool) -> int:
         """Tokens of answer to give: those asked for. Raises `BodyError` where they are `wanted` and do not fit."""
@@ -66,6 +65,11 @@ class Prompts:
             takes = f"the model takes fewer than {self._max_model_len} tokens"
             raise BodyError(f"{field}: {len(prompt)} {unit}, and {takes}", field)
 
-    def _require_room(self, ids: list[int], field: str) -> None:
+    def _require_taken(self, ids: list[int], field: str) -> None:
+        self._require_embedded(ids, field)
         if len(ids) >= self._max_model_len:
             raise BodyError(f"{field}: {len(ids)} tokens, and the model takes fewer than {self._max_model_len}", field)
+
+    def _require_embedded(self, ids: list[int], field: str) -> None:
+        if max(ids, default=0) >= self._vocabulary:
+            raise BodyError(f"{field}: token {max(ids)}, and the vocabulary has {self._vocabulary}", field)

@@ -54,19 +54,19 @@ class Routes:
 
     def app(self) -> Starlette:
         of_server = [
-            Route("/health", _answered(self.health)),
-            Route("/ready", _answered(self.ready)),
-            Route("/v1/models", _answered(self.models)),
-            Route("/v1/models/{name}", _answered(self.model)),
-            Route("/v1/chat/completions", _answered(self.chat), methods=["POST"]),
-            Route("/v1/completions", _answered(self.completion), methods=["POST"]),
-            Route("/v1/score", _answered(self.score), methods=["POST"]),
-            Route("/v1/compare", _answered(self.compare), methods=["POST"]),
-            Route("/v1/adapters", _answered(self.add_adapter), methods=["POST"]),
-            Route("/v1/adapters/{name}", _answered(self.remove_adapter), methods=["DELETE"]),
+            Route("/health", self._answered(self.health)),
+            Route("/ready", self._answered(self.ready)),
+            Route("/v1/models", self._answered(self.models)),
+            Route("/v1/models/{name}", self._answered(self.model)),
+            Route("/v1/chat/completions", self._answered(self.chat), methods=["POST"]),
+            Route("/v1/completions", self._answered(self.completion), methods=["POST"]),
+            Route("/v1/score", self._answered(self.score), methods=["POST"]),
+            Route("/v1/compare", self._answered(self.compare), methods=["POST"]),
+            Route("/v1/adapters", self._answered(self.add_adapter), methods=["POST"]),
+            Route("/v1/adapters/{name}", self._answered(self.remove_adapter), methods=["DELETE"]),
         ]
         of_page = [
-            Route(path, _answered(_file(PAGE / name, kind)))
+            Route(path, self._answered(_file(PAGE / name, kind)))
             for path, name, kind in (
                 ("/", "index.html", "text/html"),
                 ("/page.js", "page.js", "text/javascript"),
@@ -176,6 +176,33 @@ class Routes:
 
         return StreamingResponse(body(), media_type="text/event-stream")
 
+    def _answered(self, handler: Handler) -> Handler:
+        """The handler, with an error in OpenAI's form for whatever it raises."""
+
+        wait = {"retry-after": str(self._config.limits.retry_after_s)}
+
+        @wraps(handler)
+        async def answered(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except TooLarge as error:
+                return _error(str(error), 413)
+            except BodyError as error:
+                return _error(str(error), error.status, error.param)
+            except (AdapterError, EngineError) as error:
+                return _error(str(error), error.status)
+            except UnknownModel as error:
+                return _error(f"there is no model `{shorten(str(error))}`; GET /v1/models lists them", 404, "model")
+            except BackPressureError:
+                return _error("too many requests are under way; try again", 429, headers=wait)
+            except DeploymentUnavailableError:
+                return _error("not ready; try again", 503, headers=wait)
+            except Exception:
+                LOGGER.exception("a request failed", extra={"jpo_request_id": request_id.get()})
+                return _error(f"the server failed; its log has more under request {request_id.get()}", 500)
+
+        return answered
+
 
 async def _tokenized(tokenize: Callable[[Asked], Ids], body: Asked, size: int) -> Ids:
     """What `tokenize` makes of a body of so many bytes; a long one must not hold up the streams of others."""
@@ -186,32 +213,6 @@ async def _again(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[
     yield first
     async for event in rest:
         yield event
-
-
-def _answered(handler: Handler) -> Handler:
-    """The handler, with an error in OpenAI's form for whatever it raises."""
-
-    @wraps(handler)
-    async def answered(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except TooLarge as error:
-            return _error(str(error), 413)
-        except BodyError as error:
-            return _error(str(error), error.status, error.param)
-        except (AdapterError, EngineError) as error:
-            return _error(str(error), error.status)
-        except UnknownModel as error:
-            return _error(f"there is no model `{shorten(str(error))}`; GET /v1/models lists them", 404, "model")
-        except BackPressureError:
-            return _error("too many requests are under way; try again", 429, headers={"retry-after": "1"})
-        except DeploymentUnavailableError:
-            return _error("not ready; try again", 503, headers={"retry-after": "1"})
-        except Exception:
-            LOGGER.exception("a request failed", extra={"jpo_request_id": request_id.get()})
-            return _error(f"the server failed; its log has more under request {request_id.get()}", 500)
-
-    return answered
 
 
 def _file(path: Path, kind: str) -> Handler:

@@ -12,15 +12,15 @@ from rich.console import Console
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.errors import InputError
-from jpo_ray.serving.keys import read_keys, require_keys
+from jpo_ray.serving.keys import Keys, read_keys, require_keys
 from jpo_ray.serving.plan import Plan, begun, make_plan, server_folder
-from jpo_ray.stopping import sigterm_stops
+from jpo_ray.stopping import sigterm_ignored, sigterm_stops
 
 
 def serve_run(config: ServeConfig, console: Console) -> None:
     """Serve until SIGINT or SIGTERM. Must be called in the main thread. Raises `InputError`."""
     keys = read_keys(config)
-    require_keys(config, keys)
+    require_keys(keys, config.host)
     port = _free_port(config)
     plan = make_plan(config, keys_required=bool(keys))
     for warning in plan.warnings:
@@ -37,14 +37,15 @@ def serve_run(config: ServeConfig, console: Console) -> None:
         _require_room(ray, plan, config)
         plan = begun(plan, folder)
         try:
-            _start(plan, config, proxy_port)
+            _start(plan, config, proxy_port, keys)
             _announce(plan, config, port, len(keys), console)
             _announce_watching(ray, console)
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
-            console.print("stopping: answers under way are finished first")
+            console.print("stopping: answers under way are finished first; Ctrl-C cuts them off")
         finally:
-            _stop(local=local)
+            with sigterm_ignored():  # told once is enough
+                _stop(local=local)
 
 
 def _direct_environment(port: int) -> dict[str, str]:
@@ -68,13 +69,15 @@ def _require_room(ray: Any, plan: Plan, config: ServeConfig) -> None:
     require_resources(ray, "serve", bundles(plan, config), "lower replicas, cpus_per_replica or gpus_per_replica")
 
 
-def _start(plan: Plan, config: ServeConfig, port: int) -> None:
+def _start(plan: Plan, config: ServeConfig, port: int, keys: Keys) -> None:
     from ray import serve
 
     from jpo_ray.serving.application import APPLICATION, build_application
+    from jpo_ray.serving.listening import served_at
     from jpo_ray.serving.replicas import cores_for_each
 
     serve.start(http_options={"host": config.host, "port": port, "location": "EveryNode"})
+    require_keys(keys, served_at())  # which is elsewhere where Serve ran already
     application = build_application(plan, config, cores_for_each(config))
     serve.run(application, name=APPLICATION, route_prefix="/")
 

@@ -1,13 +1,12 @@
 """The deployment that scores: several requests go through the model together."""
 
 import asyncio
-from typing import Any
 
 from ray import serve
 
 from jpo_ray.config_serve import ScoringConfig
 from jpo_ray.serving.plan import Plan
-from jpo_ray.serving.policies import Asked, Policies
+from jpo_ray.serving.policies import Asked, Policies, Scores
 
 
 def batch_size(asked: list[Asked]) -> int:
@@ -29,15 +28,15 @@ class Scorer:
         self._at_once.set_max_batch_size(config.max_batch_items)
         self._at_once.set_batch_wait_timeout_s(config.batch_wait_s)
 
-    async def score(self, model: str, items: list[tuple[str, str]]) -> list[dict[str, Any]] | None:
+    async def score(self, model: str, items: list[tuple[str, str]]) -> Scores:
         """Of each item: parts of its implicit reward, their token counts, and the beta in them.
 
-        None where the model was removed meanwhile.
+        `GONE` where the model was removed meanwhile, `FAILED` where it cannot be had; the log says why.
         """
         return await self._at_once((model, items))  # type: ignore[no-any-return]
 
     @serve.batch(batch_size_fn=batch_size)  # type: ignore[untyped-decorator]
-    async def _at_once(self, asked: list[Asked]) -> list[list[dict[str, Any]] | None]:
+    async def _at_once(self, asked: list[Asked]) -> list[Scores]:
         return await asyncio.to_thread(self._policies.score, asked)
 
     async def check_health(self) -> None:

@@ -12,8 +12,9 @@ from jpo_ray.config_serve import ServeConfig
 from jpo_ray.serving.adapters import AdapterStore
 from jpo_ray.serving.catalogue import Catalogue
 from jpo_ray.serving.engines import EngineError, LocalEngine, RemoteEngine
-from jpo_ray.serving.guard import Guard
+from jpo_ray.serving.guard import LOGGER, Guard
 from jpo_ray.serving.keys import read_keys, require_keys
+from jpo_ray.serving.listening import served_at
 from jpo_ray.serving.loaded import LoadedAdapters
 from jpo_ray.serving.orphans import end_children_with_this_process
 from jpo_ray.serving.plan import Plan
@@ -49,7 +50,9 @@ class FrontServer(ModelServer):
         self, llm_config: LLMConfig, plan: Plan, config: ServeConfig, others: dict[str, Any], scorer: Any
     ) -> None:
         self._keys = read_keys(config)
-        require_keys(config, self._keys)
+        require_keys(self._keys, config.host, served_at())
+        for warning in plan.warnings:
+            LOGGER.warning(warning)
         if plan.keys_required and not self._keys:
             raise RuntimeError("the server was started with API keys and this node has none; set keys_file")
         await super().__init__(llm_config)
@@ -65,7 +68,8 @@ class FrontServer(ModelServer):
         front, *others = self._plan.engines
         engines = {front.name: self.local} | {one.name: RemoteEngine(self._others[one.name]) for one in others}
         catalogue = Catalogue(self._plan, engines, self._store, self._loaded, self, self._scorer)
-        prompts = Prompts(load_tokenizer(Path(self._plan.base)), self._plan.layout, self._plan.max_model_len)
+        plan = self._plan
+        prompts = Prompts(load_tokenizer(Path(plan.base)), plan.layout, plan.max_model_len, plan.vocabulary)
         telemetry = Telemetry()
         routes = Routes(self._config, catalogue, prompts, telemetry)
         return Guard(routes.app(), self._config, self._keys, telemetry)

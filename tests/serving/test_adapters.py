@@ -1,12 +1,14 @@
 """Adapters are checked and copied; a running server takes and gives them up."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
 from jpo_ray.engine.adapters import record_base
 from jpo_ray.serving.adapter_checks import WEIGHTS, AdapterError, Shapes, base_shapes, check_adapter
@@ -47,8 +49,45 @@ def test_an_adapter_is_copied_and_listed(good: Path, store: AdapterStore) -> Non
     assert other.listed() == {"mine": entry}
     other.remove("mine")
     assert store.listed() == {}
+    assert copies(store) == []
     with pytest.raises(AdapterError, match="no adapter of that name"):
         store.remove("mine")
+
+
+def copies(store: AdapterStore) -> list[str]:
+    return sorted(path.name for path in (store.root / "adapters").iterdir())
+
+
+def test_no_copy_stays_of_what_is_not_on_the_list(
+    good: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add(store.prepare("mine", "good", [good.parent]))
+    again = store.prepare("mine", "good", [good.parent])  # the same copy
+    store.discard(again)
+    assert len(copies(store)) == 1
+    other = store.prepare("other", "good", [good.parent])
+    assert len(copies(store)) == 2
+    store.discard(other)
+    assert copies(store) == [Path(again.folder).name]
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.prepare("other", "good", [good.parent])
+    assert copies(store) == [Path(again.folder).name]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(good: Path, shapes: Shapes, tmp_path: Path, value: float) -> None:
+    folder = shutil.copytree(good, tmp_path / "odd")
+    weights = load_file(folder / WEIGHTS)
+    name = sorted(weights)[3]
+    weights[name][0, 0] = value
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(AdapterError, match=f"{re.escape(name)} holds what is no finite number"):
+        check_adapter(folder, shapes, 8)
 
 
 def test_servers_have_folders_of_their_own(good: Path, shapes: Shapes, tmp_path: Path) -> None:

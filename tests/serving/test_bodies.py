@@ -1,6 +1,7 @@
 """Bodies are taken within limits, or refused with one short line that names the field."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -118,6 +119,37 @@ def test_an_error_repeats_at_most_200_characters_of_its_input(kind: type[Body], 
     told = error_body(str(error.value), error.value.status, error.value.param).decode()
     assert told.count("x") <= 200
     assert "\n" not in told
+
+
+SFT = {"model": "sft"}
+USERS = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, SFT | {"prompt": [-1] * 240_000}),
+        (CompletionBody, SFT | {"prompt": [1] * 400_000 + [-1]}),
+        (CompletionBody, SFT | {"prompt": [[-1]] * 160_000}),
+        (CompletionBody, SFT | {"prompt": [[]] * 330_000}),
+        (CompletionBody, SFT | {"prompt": [""] * 330_000}),
+        (ChatBody, ASKED | {f"k{number}": 1 for number in range(90_000)}),
+        (ChatBody, SFT | {"messages": [{}] * 300_000}),
+        (ChatBody, SFT | {"messages": USERS * 29_000}),
+        (ChatBody, SFT | {"messages": [{"role": "user", "content": [{}] * 300_000}]}),
+        (ChatBody, ASKED | {"stop": [""] * 300_000}),
+        (ScoreBody, SFT | {"items": [{}] * 300_000}),
+        (CompareBody, SFT | {"pairs": [{"a": {}}] * 90_000}),
+    ],
+)
+def test_a_megabyte_of_errors_holds_nobody_up(kind: type[Body], body: dict[str, Any]) -> None:
+    """Each of them took seconds when every error was told of, and all streams waited."""
+    content = json.dumps(body, separators=(",", ":")).encode()
+    assert len(content) < Limits().max_body_bytes
+    began = time.process_time()
+    with pytest.raises(BodyError):
+        read_body(kind, content)
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(("digits", "status"), [(30, 422), (4000, 422), (5000, 400)])

@@ -116,6 +116,23 @@ def test_adapters_are_never_changed_without_a_key() -> None:
         assert asked(guarded(), path, method, headers=JSON | BEARER, content=b"{}").status_code == 200
 
 
+def test_a_prefix_changes_nothing() -> None:
+    """Serve keeps the prefix of its deploy file in the path, and names it as the root path."""
+
+    def below(guard: Guard, path: str, method: str = "GET", **more: Any) -> int:
+        async def mounted(scope: Any, receive: Any, send: Any) -> None:
+            await guard({**scope, "root_path": "/prefix"}, receive, send)
+
+        return asked(mounted, path, method, **more).status_code  # type: ignore[arg-type]
+
+    assert below(guarded(), "/prefix/health") == below(guarded(), "/prefix/ready") == 200
+    assert below(guarded(), "/prefix/v1/models") == below(guarded(), "/prefixed/health") == 401
+    keyless = guarded(keys=[])
+    assert below(keyless, "/prefix/v1/models") == 200
+    for method, path in (("POST", "/prefix/v1/adapters"), ("DELETE", "/prefix/v1/adapters/x")):
+        assert below(keyless, path, method, headers=JSON, content=b"{}") == 403
+
+
 def test_bodies_are_limited_declared_or_not() -> None:
     guard = guarded(limits=Limits(max_body_bytes=1000))
     headers = JSON | BEARER
@@ -202,6 +219,8 @@ def test_more_requests_than_the_limit_are_told_to_wait() -> None:
             assert refused.headers["retry-after"] == "3"
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert guard.under_way == 2
+            assert (await session.get("/v1/models")).status_code == 429  # all routes are counted
+            assert (await session.delete("/v1/adapters/x")).status_code == 429
             release.set()
             done = [(await reply).status_code for reply in held]
             again = await session.post("/v1/score", content=b"{}")

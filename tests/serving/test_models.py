@@ -204,11 +204,10 @@ def test_key_files_that_hold_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_no_listening_to_the_network_without_keys(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     with pytest.raises(InputError, match=f"host {host}: listens beyond this machine, which needs API keys"):
-        require_keys(ServeConfig(host=host), read_keys(ServeConfig()))
-    for near in ("127.0.0.1", "::1", "localhost"):
-        require_keys(ServeConfig(host=near), read_keys(ServeConfig()))
+        require_keys(read_keys(ServeConfig()), "127.0.0.1", host)
+    require_keys(read_keys(ServeConfig()), "127.0.0.1", "::1", "localhost")
     monkeypatch.setenv(KEYS_VARIABLE, "sk-first-0123456789")
-    require_keys(ServeConfig(host=host), read_keys(ServeConfig()))
+    require_keys(read_keys(ServeConfig()), host)
 
 
 def test_every_key_stands_in_the_reference_with_its_default() -> None:

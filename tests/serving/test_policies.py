@@ -6,8 +6,9 @@ import pytest
 from engine.tiny import make_llama
 
 from jpo_ray.config_serve import ServeConfig
+from jpo_ray.serving.adapter_checks import WEIGHTS
 from jpo_ray.serving.plan import begun, make_plan
-from jpo_ray.serving.policies import Policies
+from jpo_ray.serving.policies import FAILED, GONE, Policies
 from jpo_ray.serving.scores import batch_size
 from serving.served_run import make_adapter, make_run
 
@@ -30,10 +31,19 @@ def policies(llama: Path, tmp_path: Path) -> Policies:
 def test_an_adapter_removed_meanwhile_fails_its_own_request_alone(policies: Policies) -> None:
     asked = [("jpo", ITEMS), ("dpo.one", ITEMS[:1]), ("sft", ITEMS)]
     before = policies.score(asked)
-    assert [len(scores or []) for scores in before] == [2, 1, 2]
+    assert [len(scores) for scores in before] == [2, 1, 2]
     policies._store.remove("jpo")
-    assert policies.score(asked) == [None, before[1], before[2]]
-    assert policies.score([("jpo", ITEMS)]) == [None]
+    assert policies.score(asked) == [GONE, before[1], before[2]]
+    assert policies.score([("jpo", ITEMS)]) == [GONE]
+
+
+def test_a_model_that_cannot_be_had_fails_its_own_requests_alone(policies: Policies, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "new", Path(policies._plan.base), seed=3)
+    entry = policies._store.prepare("new", "new", [folder.parent])
+    policies._store.add(entry)
+    before = policies.score([("jpo", ITEMS)])
+    (Path(entry.folder) / WEIGHTS).unlink()
+    assert policies.score([("new", ITEMS), ("jpo", ITEMS)]) == [FAILED, *before]
 
 
 def test_an_adapter_on_the_head_is_scored_whole_whatever_was_loaded_before(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jpo_ray.data.tokens import prompt_ids, tokenize
+from jpo_ray.data.tokens import Layout, prompt_ids, tokenize
 from jpo_ray.engine.model import load_tokenizer
 from jpo_ray.serving.bodies import Body, BodyError, ChatBody, CompletionBody, Item, read_body
 from jpo_ray.serving.prompts import Prompts
@@ -18,7 +18,7 @@ MOST = 64
 
 @pytest.fixture
 def prompts(llama: Path) -> Prompts:
-    return Prompts(load_tokenizer(llama), LAYOUT, MOST)
+    return Prompts(load_tokenizer(llama), LAYOUT, MOST, vocabulary=10**6)
 
 
 def chat(text: str) -> ChatBody:
@@ -34,6 +34,34 @@ def test_a_chat_has_the_ids_of_training(prompts: Prompts, tokenizer: Any) -> Non
     assert ids == prompt_ids(tokenizer, LAYOUT, ["Name a fruit."])[0]
     assert prompts.of_completion(completion(LAYOUT.template.replace("{instruction}", "Name a fruit."))) == [ids]
     assert prompts.of_completion(completion([[1, 2], [3]])) == [[1, 2], [3]]
+
+
+def test_a_chat_template_lays_out_what_training_learned(llama: Path) -> None:
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    prompts = Prompts(tokenizer, Layout("chat", "", 256), MOST, vocabulary=10**6)
+    messages = [{"role": "user", "content": "Name a fruit."}]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompts.of_chat(chat("Name a fruit.")) == expected
+
+
+def test_tokens_that_a_model_does_not_embed_are_refused(llama: Path) -> None:
+    """A tokenizer may know tokens that were added after the model was made: they would end the engine."""
+    tokenizer = load_tokenizer(llama)
+    embedded = len(tokenizer)
+    tokenizer.add_tokens(["<added>"])
+    prompts = Prompts(tokenizer, LAYOUT, MOST, vocabulary=embedded)
+    message = rf"token {embedded}, and the vocabulary has {embedded}$"
+    with pytest.raises(BodyError, match=f"^prompt: {message}"):
+        prompts.of_completion(completion([embedded]))
+    with pytest.raises(BodyError, match=f"^messages: {message}"):
+        prompts.of_chat(chat("Say <added>."))
+    with pytest.raises(BodyError, match=rf"^items\.0: {message}"):
+        prompts.require_scorable({"items.0": Item(instruction="i", response="<added>")})
+    assert prompts.of_completion(completion([embedded - 1])) == [[embedded - 1]]
 
 
 @pytest.mark.parametrize(

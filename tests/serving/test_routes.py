@@ -9,7 +9,9 @@ import pytest
 
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.engine.model import load_tokenizer
-from jpo_ray.serving.catalogue import UnknownModel
+from jpo_ray.serving.catalogue import Catalogue, UnknownModel
+from jpo_ray.serving.plan import begun, make_plan
+from jpo_ray.serving.policies import FAILED, GONE
 from jpo_ray.serving.prompts import Prompts
 from jpo_ray.serving.routes import Routes
 from serving.malformed import ITEM
@@ -31,7 +33,7 @@ class Scores:
 
 @pytest.fixture
 def prompts(llama: Path) -> Prompts:
-    return Prompts(load_tokenizer(llama), LAYOUT, 64)
+    return Prompts(load_tokenizer(llama), LAYOUT, 64, vocabulary=10**6)
 
 
 def posted(prompts: Prompts, catalogue: Any, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -71,3 +73,35 @@ def test_pairs_are_scored_a_before_b(prompts: Prompts) -> None:
 
 def test_a_model_that_is_gone_is_a_404(prompts: Prompts) -> None:
     assert posted(prompts, Scores(), "/v1/score", {"model": "gone", "items": [ITEM]}).status_code == 404
+
+
+class Catalogued:
+    """A scorer that gives what it was made with, as a deployment's handle."""
+
+    def __init__(self, scores: Any) -> None:
+        self.score = self
+        self._scores = scores
+
+    async def remote(self, *_: Any) -> Any:
+        return self._scores
+
+
+NAN_SCORES = [{"instruction": 0.0, "response": float("nan"), "beta": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("scores", "status", "message"),
+    [
+        (GONE, 404, "there is no model `sft`"),
+        (FAILED, 500, "this model cannot be scored; the server's log has the reason"),
+        (NAN_SCORES, 422, "the log-probabilities under this model are no finite numbers"),
+    ],
+)
+def test_scores_that_cannot_be_had(
+    served_run: Path, tmp_path: Path, prompts: Prompts, scores: Any, status: int, message: str
+) -> None:
+    plan = begun(make_plan(ServeConfig(run_dir=str(served_run)), keys_required=False), tmp_path / "state")
+    catalogue = Catalogue(plan, {}, plan.store(0.1), None, None, Catalogued(scores))  # type: ignore[arg-type]
+    reply = posted(prompts, catalogue, "/v1/score", {"model": "sft", "items": [ITEM]})
+    assert reply.status_code == status
+    assert reply.json()["error"]["message"].startswith(message)
