@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from safetensors.torch import load_file, save_file
@@ -236,6 +237,8 @@ def test_adapters_come_and_go_on_a_running_server(endpoint: Endpoint) -> None:
         assert http.delete("/v1/adapters/full").json() == {"id": "full", "object": "model", "deleted": True}
         assert http.delete("/v1/adapters/full").status_code == 404
         assert http.delete("/v1/adapters/new").status_code == 200
+        kept = [path.name for path in endpoint.run_dir.glob("serving/server-*/adapters/*")]
+        assert sorted(name.rpartition("-")[0] for name in kept) == ["dpo.one", "jpo"]
         with pytest.raises(openai.NotFoundError):
             text(client, "new")
         assert http.post("/v1/score", json={"model": "new", "items": [item]}).status_code == 404
@@ -243,6 +246,32 @@ def test_adapters_come_and_go_on_a_running_server(endpoint: Endpoint) -> None:
         assert text(client, "new") != first
         assert {model: text(client, model) for model in before} == before
         assert http.delete("/v1/adapters/new").status_code == 200
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_an_adapter_of_enormous_weights_harms_nobody(endpoint: Endpoint) -> None:
+    """Finite numbers whose products are not: its own answers are whatever they are, and the rest is as before."""
+    store = store_of(endpoint.run_dir)
+    folder = shutil.copytree(store / "extra", store / "enormous")
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: 1e30 * weight for name, weight in weights.items()}, folder / WEIGHTS)
+    asked: dict[str, Any] = {"prompt": "Name a fruit.", "max_tokens": 8}
+    item = {"instruction": "Name a fruit.", "response": "A pear."}
+    with endpoint.http() as http:
+
+        def answer(model: str, **more: Any) -> httpx.Response:
+            return http.post("/v1/completions", json=asked | {"model": model, "temperature": 0} | more)
+
+        before = answer("jpo").json()["choices"]
+        assert http.post("/v1/adapters", json={"name": "enormous", "folder": "enormous"}).status_code == 201
+        assert answer("enormous", temperature=1).status_code < 500
+        score = http.post("/v1/score", json={"model": "enormous", "items": [item]})
+        assert (score.status_code, score.json()["error"]["message"][:21]) == (422, "the log-probabilities")
+        assert http.post("/v1/score", json={"model": "jpo", "items": [item]}).status_code == 200
+        assert answer("jpo").json()["choices"] == before
+        assert http.delete("/v1/adapters/enormous").status_code == 200
+        assert http.get("/ready").status_code == 200
 
 
 @pytest.mark.ray

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -134,6 +135,31 @@ def test_the_prompt_has_the_tokens_of_training(endpoint: Endpoint, client: opena
     assert [choice.text for choice in several.choices] == [reply.choices[0].text] * 2
 
 
+def test_greedy_tokens_equal_those_of_transformers(endpoint: Endpoint, client: openai.OpenAI) -> None:
+    """Token by token, EOS included, base and adapter."""
+    from peft import PeftModel
+
+    tokenizer = load_tokenizer(endpoint.run_dir / "sft")
+    ids = prompt_ids(tokenizer, LAYOUT, [INSTRUCTIONS[2]])[0]
+    model = load_model(endpoint.run_dir / "sft", dtype="float32")
+    for name in ("sft", "jpo"):
+        if name == "jpo":
+            model = PeftModel.from_pretrained(model, endpoint.run_dir / "train" / name).eval()
+        given = torch.tensor([ids])
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=40, do_sample=False
+            )
+        expected = output[0, len(ids) :].tolist()
+        reply = client.completions.create(model=name, prompt=ids, temperature=0, max_tokens=40, logprobs=1)
+        logprobs, usage = reply.choices[0].logprobs, reply.usage
+        assert logprobs is not None
+        assert usage is not None
+        assert logprobs.tokens == [tokenizer.decode([token]) for token in expected]
+        assert usage.completion_tokens == len(expected)
+        assert reply.choices[0].text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
 def test_what_clients_ask_for_besides(client: openai.OpenAI) -> None:
     drawn = [
         client.chat.completions.create(
@@ -224,9 +250,10 @@ def test_overload_is_refused_at_once_and_harms_nobody(endpoint: Endpoint) -> Non
             return await asyncio.gather(*(ask() for _ in range(144)))
 
     replies = asyncio.run(scenario())
-    statuses = [status for status, _ in replies]
-    assert set(statuses) == {200, 429}
-    assert statuses.count(200) >= 48
+    times = {status: [seconds for code, seconds in replies if code == status] for status in (200, 429)}
+    assert len(times[200]) + len(times[429]) == len(replies)
+    assert len(times[200]) >= 48
+    assert median(times[429]) < median(times[200]) / 2  # in milliseconds where the machine is idle: docs/benchmarks.md
 
 
 def test_a_client_that_goes_away_frees_its_place(endpoint: Endpoint) -> None:

@@ -1,7 +1,9 @@
-"""SIGTERM lets streams finish. The last test that asks the shared server, since it ends it."""
+"""SIGTERM lets streams finish, sent once or twice. The last test that asks the shared server, since it ends it."""
 
 import signal
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -10,6 +12,12 @@ import pytest
 from serving.endpoint import Endpoint
 
 STREAMS = 16
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 @pytest.mark.ray
@@ -31,7 +39,9 @@ def test_sigterm_lets_streams_finish(endpoint: Endpoint) -> None:
     for reader in readers:
         reader.start()
     begun.wait()
-    assert endpoint.stop(signal.SIGTERM) == 0
+    endpoint.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "stopping" in endpoint.shown.read_text())
+    assert endpoint.stop(signal.SIGTERM) == 0  # told twice, as some supervisors do
     for reader in readers:
         reader.join()
     assert len(whole) == STREAMS
