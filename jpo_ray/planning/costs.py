@@ -12,7 +12,8 @@ from jpo_ray.planning.lengths import Number, product, whole
 from jpo_ray.planning.memory import reference_gib, sampling_gib, training_gib
 from jpo_ray.planning.shapes import ModelShapes
 
-# Flops per weight and token: a forward pass, and backward through a weight, and to it.
+# Flops per weight and token: a forward pass, and backward through a weight, and to it. The head counts for every token,
+# also where instructions are not scored or layers run twice.
 FORWARD, THROUGH, TO = 2, 2, 2
 
 Speeds = Mapping[str, float]  # stage -> flops per second of all its workers
@@ -114,9 +115,8 @@ def _train(
     passes = FORWARD + THROUGH + (FORWARD if entry.gradient_checkpointing else 0)
     each = shapes.multiplied * passes + (adapters * (passes + TO) if adapters else shapes.multiplied * TO)
     seconds = _seconds(tokens, each, speed["train"])
-    if "mismatched" in entry.reads and seconds is not None:  # another item for each, scored without gradient
-        alone = product(items, total([whole(means.instruction), whole(means.response)]))
-        seconds += _seconds(alone, shapes.multiplied * FORWARD, speed["train"]) or 0.0
+    if "mismatched" in entry.reads and seconds is not None:  # as many others with the same instructions, no gradient
+        seconds += _seconds(tokens, (shapes.multiplied + adapters) * FORWARD, speed["train"]) or 0.0
     return replace(
         found,
         trained=adapters or shapes.parameters,

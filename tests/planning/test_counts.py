@@ -14,6 +14,7 @@ from jpo_ray.planning.judging import judge_costs, judged_pairs
 from jpo_ray.planning.lengths import STATED, UNKNOWN, product, whole
 from jpo_ray.planning.machine import Machine, device_memory_gib, stated_speeds
 from jpo_ray.planning.rounds import counts_of_a_round
+from jpo_ray.planning.shapes import ModelShapes
 from jpo_ray.planning.workers import gpus_of
 
 SPEEDS = dict.fromkeys(("sft", "reference", "train", "sample"), 1.0)
@@ -181,6 +182,67 @@ def test_items_that_a_step_shares() -> None:
     grouped = shared_items(TrainConfig(comparisons_per_step=128), 3000, 0, 12_000, JointPairs(group_size=32))
     assert grouped.items == pytest.approx(0.25, abs=0.05)  # config.py: a quarter of an item per comparison
     assert shared_items(graph, 10, 0, 0, None).items == 0
+
+
+# Of 864 weights a token meets 64 in the layer and 800 in the head; embeddings are looked up. LoRA of rank 2 adds 32.
+TOY = ModelShapes(
+    {"model.embed_tokens.weight": (100, 8), "layers.0.self_attn.q_proj.weight": (8, 8), "lm_head.weight": (100, 8)},
+    {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+    "made up",
+)
+WHOLE_MODEL = {"objective": "dpo", "protocols": ["conditional"], "batching": "pairs", "use_peft": False}
+ADAPTER = WHOLE_MODEL | {"use_peft": True, "lora_r": 2}
+
+
+def seconds(stage: str, **sections: Any) -> float | None:
+    """At 10 flops a second in SFT, 100 in the reference pass, 1,000 in training, 10,000 in sampling."""
+    speeds = {"sft": 10.0, "reference": 100.0, "train": 1e3, "sample": 1e4}
+    settings = config(**sections)
+    (found,) = [cost.seconds for cost in stage_costs(settings, counted(settings), TOY, speeds) if cost.stage == stage]
+    return found
+
+
+def test_time_of_fine_tuning_by_hand() -> None:
+    """1,000 items of 50 tokens, twice. A weight takes 2 flops forward, 2 for its gradient, 2 to pass one on.
+
+    Checkpointing computes forward again: 8 in place of 6.
+    """
+    tokens = 2 * 1000 * 50
+    assert seconds("sft", sft={"num_train_epochs": 2}) == tokens * 6 * 864 / 10
+    assert seconds("sft", sft={"num_train_epochs": 2, "gradient_checkpointing": True}) == tokens * 8 * 864 / 10
+
+
+def test_time_of_training_by_hand() -> None:
+    """650 comparisons of two responses to one instruction: 650 * 30 + 1,300 * 20 tokens an epoch, which is one.
+
+    A frozen weight has no gradient of its own: 4 flops, and 6 with checkpointing; an adapter's weight 6, and 8.
+    """
+    tokens = 650 * 30 + 1300 * 20
+    assert seconds("train", train=[WHOLE_MODEL]) == tokens * 6 * 864 / 1e3
+    assert seconds("train", train=[WHOLE_MODEL | {"gradient_checkpointing": True}]) == tokens * 8 * 864 / 1e3
+    assert seconds("train", train=[ADAPTER]) == tokens * (4 * 864 + 6 * 32) / 1e3
+    assert seconds("train", train=[ADAPTER | {"gradient_checkpointing": True}]) == tokens * (6 * 864 + 8 * 32) / 1e3
+    assert seconds("train", train=[ADAPTER | {"num_train_epochs": 3}]) == 3 * tokens * (4 * 864 + 6 * 32) / 1e3
+
+
+def test_time_of_kto_by_hand() -> None:
+    """Beside what DPO takes, each item's instruction with another response goes forward alone, 2 flops a weight.
+
+    The two responses of an instruction share it there as in training. The reference scores twice as many items.
+    """
+    tokens = 650 * 30 + 1300 * 20
+    kto = {"objective": "kto"}
+    assert seconds("train", train=[WHOLE_MODEL | kto]) == tokens * (6 + 2) * 864 / 1e3
+    assert seconds("train", train=[ADAPTER | kto]) == tokens * (4 * 864 + 6 * 32 + 2 * 864 + 2 * 32) / 1e3
+    again = ADAPTER | kto | {"gradient_checkpointing": True}  # what has no gradient is not computed again
+    assert seconds("train", train=[again]) == tokens * (6 * 864 + 8 * 32 + 2 * 864 + 2 * 32) / 1e3
+    assert seconds("reference", train=[ADAPTER]) == 2050 * 50 * 2 * 864 / 100
+    assert seconds("reference", train=[ADAPTER | kto]) == 2 * 2050 * 50 * 2 * 864 / 100
+
+
+def test_time_of_sampling_by_hand() -> None:
+    """50 instructions x 2 models x 3 temperatures, 30 tokens of prompt and 20 of response."""
+    assert seconds("sample", train=[ADAPTER]) == 300 * 50 * 2 * 864 / 1e4
 
 
 def test_rounds_by_hand() -> None:
