@@ -3,7 +3,7 @@
     python benchmarks/paper.py --run-dir runs/paper [--out docs] [--finished] [section.key=value ...]
 
 `make paper` runs it. Experiments share what they can: data, judgments, SFT model and reference are made once. It goes
-on where it was stopped; the time it then states is that of the work, as the runs' manifests and this script took it.
+on where it was stopped; the time it then states is that of all attempts together.
 `--finished` runs nothing: it writes the page and its figures from the experiments that are finished below the folder,
 whether this script or `jpo scale --run-dir FOLDER/NAME` carried them out.
 """
@@ -27,6 +27,7 @@ from jpo_ray.pipeline.scale import measured_in, scale
 # In this order: the first makes what the others share.
 CLAIMS = ("objectives", "data_scaling", "protocols")  # what the paper has numbers of
 EXPERIMENTS = (*CLAIMS, "sweep", "selection", "strategies", "bands")
+TIMES = "seconds.json"
 CONFIGS = Path(__file__).parent.parent / "configs" / "experiments"
 
 
@@ -47,14 +48,13 @@ def main() -> None:
         console.rule(name)
         experiment = load_experiment(CONFIGS / f"{name}.yaml", arguments.overrides)
         folder = arguments.run_dir / name
-        with output_folder(folder), _timed(folder / "seconds.json"):
+        with output_folder(folder), _timed(folder):
             measured = scale(experiment, folder, name, console, others=made)
-        seconds = read_json(folder / "seconds.json")["seconds"]
-        found[name] = Found(measured, groups_of(measured, RESAMPLES, 0), seconds)
+        found[name] = Found(measured, groups_of(measured, RESAMPLES, 0), _seconds(folder))
         made += [folder / run.name for run in experiment.runs]
         if found.keys() >= {*CLAIMS}:  # from here on after each, so that a run that is stopped leaves a page
             write_document(found, arguments.run_dir / "objectives" / "run", arguments.out)
-    minutes = sum(each.seconds for each in found.values()) / 60
+    minutes = sum(each.seconds or 0 for each in found.values()) / 60
     console.print(f"{arguments.out / 'results.md'}: {minutes:.0f} minutes of work", highlight=False)
 
 
@@ -79,25 +79,34 @@ def write_finished(run_dir: Path, out: Path, overrides: list[str]) -> None:
     write_document(found, run_dir / "objectives" / "run", out)
 
 
-def _seconds(folder: Path) -> float:
-    """As this script took them, else those of the runs' stages."""
-    if (folder / "seconds.json").exists():
-        return float(read_json(folder / "seconds.json")["seconds"])
-    return sum(float(read_json(path)["seconds"]) for path in folder.glob("*/**/manifest.json"))
+def _seconds(folder: Path) -> float | None:
+    """What all attempts at an experiment took together; None where it was not this script that carried it out."""
+    path = folder / TIMES
+    return float(read_json(path)["seconds"]) if path.exists() else None
 
 
 @contextmanager
-def _timed(path: Path) -> Iterator[None]:
-    """Add up how long an experiment takes until it is finished; showing a finished one again does not count."""
-    before = read_json(path) if path.exists() else {"seconds": 0.0, "finished": False}
+def _timed(folder: Path) -> Iterator[None]:
+    """Add up how long the attempts at an experiment take: one that makes nothing, as a finished one is only shown, does
+    not count, and one that was killed counts up to the last file that it wrote.
+    """
+    path, made = folder / TIMES, _artifacts(folder)
+    before = {"seconds": 0.0} | (read_json(path) if path.exists() else {})
+    if "begun" in before:
+        last = max((file.stat().st_mtime for file in folder.rglob("*") if file != path), default=0.0)
+        before["seconds"] += max(0.0, last - before["begun"])
+    write_json(path, {"seconds": before["seconds"], "begun": time.time()})
     started = time.monotonic()
-    finished = False
     try:
         yield
-        finished = True
     finally:
-        if not before["finished"]:
-            write_json(path, {"seconds": before["seconds"] + time.monotonic() - started, "finished": finished})
+        taken = time.monotonic() - started if _artifacts(folder) != made else 0.0
+        write_json(path, {"seconds": before["seconds"] + taken})
+
+
+def _artifacts(folder: Path) -> dict[Path, int]:
+    """When each artifact was made."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*/**/manifest.json")}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ combination of other keys is a run of its own, which takes over what another has
 import copy
 import itertools
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Run:
 class Experiment:
     config: ExperimentConfig
     runs: list[Run]
+    names: dict[str, str]  # of the grid's keys, as they are shown
 
 
 def load_experiment(path: Path, overrides: list[str]) -> Experiment:
@@ -69,7 +71,11 @@ def load_experiment(path: Path, overrides: list[str]) -> Experiment:
     of_entries = {key: given for key, given in config.grid.items() if key.startswith("train.")}
     of_runs = {key: given for key, given in config.grid.items() if key not in of_entries}
     runs = [_run(values, settings, of_entries, overrides, path) for settings in _combinations(of_runs)]
-    return Experiment(config, runs)
+    if repeated := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
+        raise InputError(
+            f"{path}: grid: two runs would both be called {repeated[0]}; give them values that differ more"
+        )
+    return Experiment(config, runs, _shown_names(config.grid))
 
 
 def _combinations(grid: Mapping[str, list[Any]]) -> list[Settings]:
@@ -110,6 +116,13 @@ def _of_entry(name: str, grid: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {key: given for key, given in grid.items() if key.split(".")[1] in ("*", name)}
 
 
+def _shown_names(keys: Iterable[str]) -> dict[str, str]:
+    """A key's last part; where keys of different sections end alike, all of it, but for the entry of `train`."""
+    whole = {key: f"train.{key.split('.', 2)[2]}" if key.startswith("train.") else key for key in keys}
+    ends = Counter(_last(name) for name in set(whole.values()))
+    return {key: name if ends[_last(name)] > 1 else _last(name) for key, name in whole.items()}
+
+
 def _counterpart(entry: str, of: Trained, trained: list[Trained], path: Path) -> str:
     """The training of `entry` whose settings are the same where both have them."""
     found = [
@@ -124,14 +137,19 @@ def _counterpart(entry: str, of: Trained, trained: list[Trained], path: Path) ->
 
 def _short(key: str, value: Any) -> str:
     """A part of a folder's name."""
-    text = re.sub(r"[^A-Za-z0-9.]+", "_", str(value)).strip("_.")
+    signed = f"minus{abs(value)}" if isinstance(value, int | float) and value < 0 else str(value)
+    text = re.sub(r"[^A-Za-z0-9.]+", "_", signed).strip("_.")
     return f"s{text}" if is_repetition(key) else text
 
 
 def is_repetition(key: str) -> bool:
-    return key.rsplit(".", 1)[-1] == SEED
+    return _last(key) == SEED
 
 
-def shown_settings(settings: Settings) -> Settings:
-    """What tells groups apart: all but repetitions, by the last part of each key."""
-    return {key.rsplit(".", 1)[-1]: value for key, value in settings.items() if not is_repetition(key)}
+def shown_settings(settings: Settings, names: Mapping[str, str]) -> Settings:
+    """What tells groups apart: all but repetitions, by the `names` of an experiment."""
+    return {names[key]: value for key, value in settings.items() if not is_repetition(key)}
+
+
+def _last(key: str) -> str:
+    return key.rsplit(".", 1)[-1]

@@ -49,10 +49,27 @@ def test_keys_of_entries_multiply_entries_and_others_runs(tmp_path: Path) -> Non
         assert run.config.pairs.joint is not None
         assert run.config.pairs.joint.strategy == run.name
     trained = found.runs[0].trained
-    assert [shown_settings(each.settings) for each in trained[:3]] == [
+    assert [shown_settings(each.settings, found.names) for each in trained[:3]] == [
         {"max_train_comparisons": 100}, {"max_train_comparisons": 100}, {"max_train_comparisons": 1000}
     ]  # fmt: skip
     assert [each.entry for each in trained] == ["jpo"] * 4 + ["dpo"] * 2
+
+
+def test_keys_that_end_alike_are_told_apart(tmp_path: Path) -> None:
+    rates = {"sft.learning_rate": [1e-3, 2e-3], "train.*.learning_rate": [1e-4, 2e-4], "train.jpo.beta": [0.1]}
+    found = experiment(tmp_path, grid=rates)
+    assert list(found.names.values()) == ["sft.learning_rate", "train.learning_rate", "beta"]
+    run = found.runs[1]
+    assert shown_settings(run.settings | run.trained[0].settings, found.names) == {
+        "sft.learning_rate": 2e-3, "train.learning_rate": 1e-4, "beta": 0.1
+    }  # fmt: skip
+    of_entries = {"train.jpo.learning_rate": [1e-4], "train.dpo.learning_rate": [2e-4]}
+    assert set(experiment(tmp_path, grid=of_entries).names.values()) == {"learning_rate"}
+
+
+def test_a_sign_tells_runs_apart(tmp_path: Path) -> None:
+    found = experiment(tmp_path, grid={"pairs.joint.min_similarity": [-0.5, 0.5]})
+    assert [run.name for run in found.runs] == ["minus0.5", "0.5"]
 
 
 def test_steps_like_means_the_counterpart(tmp_path: Path) -> None:
@@ -77,6 +94,7 @@ def test_overrides_hold_for_all_runs(tmp_path: Path) -> None:
         ({"grid": {}}, "grid"),
         ({"grid": {"seed": []}}, "grid.seed: needs values, each of them once"),
         ({"grid": {"seed": [1, 1]}}, "grid.seed: needs values, each of them once"),
+        ({"grid": {"items.train": [[{"path": "a b"}], [{"path": "a_b"}]]}}, "two runs would both be called path_a_b"),
         ({"grid": {"train.kto.beta": [1.0]}}, "grid.train.kto.beta: no entry of `train` has this name"),
         ({"grid": {"train.jpo.betta": [1.0]}}, "did you mean `beta`"),
         ({"grid": {"seed": [0]}, "bass": 1}, "unknown key `bass`; did you mean `base`?"),

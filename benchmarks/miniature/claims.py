@@ -1,8 +1,8 @@
 """What the paper says, in numbers, and whether the sandbox says the same.
 
 A claim is that one group of models has a higher win rate than another. The sandbox agrees where the 95 % interval of
-the difference (the same instructions resampled for both) lies above zero, disagrees where it lies below, and cannot
-tell where it holds zero. Only signs and shapes are compared: the paper's models, data and judges are others.
+the difference (the same instructions resampled for both, and the training seeds of each) lies above zero, disagrees
+where it lies below, and cannot tell where it holds zero. Only signs and shapes are compared: the paper's models, data and judges are others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Found:
 
     measured: Sequence[Measured]
     groups: Sequence[Group]
-    seconds: float
+    seconds: float | None  # None: not timed
 
     def members(self, entry: str, **settings: object) -> list[Measured]:
         """The repetitions of one group. Raises `KeyError` where there are none."""
@@ -74,6 +74,10 @@ def all_claims(found: Mapping[str, Found]) -> list[Claim]:
             protocols.members("sft"),
         ),
         higher(
+            "Joint comparisons alone beat conditional ones alone (Figure 5)", "+4.0", protocols.members("joint"),
+            protocols.members("conditional"),
+        ),
+        higher(
             "Half conditional, half joint beats conditional at equal size (Figure 6)", "+4.2",
             protocols.members("both-half"), protocols.members("conditional"),
         ),
@@ -81,7 +85,32 @@ def all_claims(found: Mapping[str, Found]) -> list[Claim]:
             "More comparisons help (Figure 7)", "+29.3 from 100 to 9,000",
             sizes.members("jpo", max_train_comparisons=largest), sizes.members("jpo", max_train_comparisons=smallest),
         ),
+        *(_learning_rates(found["sweep"]) if "sweep" in found else []),
     ]  # fmt: skip
+
+
+def _learning_rates(sweep: Found) -> list[Claim]:
+    """At the paper's beta."""
+    best, *others = (sweep.members("jpo", learning_rate=rate, beta=0.1) for rate in (5e-5, 1e-5, 5e-4))
+    says = "A learning rate of 5e-5 beats one of {} (the best of three there; beta 0.1)"
+    return [
+        higher(says.format(rate), "no numbers", best, some) for rate, some in zip(("1e-5", "5e-4"), others, strict=True)
+    ]
+
+
+def highest(found: Found) -> str:
+    """The group with the highest win rate, and how many others it is told apart from."""
+    trained = [group for group in found.groups if group.entry != "sft" and group.win_rate is not None]
+    if len(trained) < 2:
+        return ""
+    first, *rest = sorted(trained, key=lambda group: -(group.win_rate or 0))
+    best = found.members(first.entry, **first.settings)
+    verdicts = [higher("", "", best, found.members(group.entry, **group.settings)).verdict for group in rest]
+    named = ", ".join(f"{name} {value}" for name, value in first.settings.items()) or first.entry
+    return (
+        f"The highest rate here, {first.win_rate:.1f}, is that of {named}: told apart from {verdicts.count(AGREES)} of "
+        f"{len(rest)} others"
+    )
 
 
 def _sizes(found: Found) -> list[int]:

@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jpo_ray.artifacts import package_versions
-from jpo_ray.evaluation.experiment_results import markdown_table, mean_of_all, saturation
+from jpo_ray.evaluation.experiment_results import SIZES, curves_of, markdown_table, mean_of_all, saturation_text
 from jpo_ray.evaluation.win_rates import interval_text
 from jpo_ray.files import output_folder, read_json
-from miniature.claims import Found, all_claims
+from miniature.claims import Found, all_claims, highest
 from miniature.figures import section_figure, table_5_figure
 
 TABLE_5 = {  # win rates at temperatures 0.001, 0.5, 1.0, and their mean; TL;DR and Anthropic-Helpful
@@ -102,8 +102,11 @@ def _about(found: Mapping[str, Found]) -> dict[str, Any]:
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "trainings": sum(sum(each.entry != "sft" for each in one.measured) for one in found.values()),
-        "minutes": round(sum(one.seconds for one in found.values()) / 60),
-        "shares": ", ".join(f"{name} {one.seconds / 60:.0f}" for name, one in found.items()),
+        "minutes": round(sum(one.seconds or 0 for one in found.values()) / 60),
+        "shares": ", ".join(
+            f"{name} {'not timed' if one.seconds is None else format(one.seconds / 60, '.0f')}"
+            for name, one in found.items()
+        ),
         "machine": f"{os.cpu_count()} cores ({platform.machine()})",
         "versions": ", ".join(f"{name} {version}" for name, version in package_versions().items()),
     }
@@ -165,14 +168,10 @@ def _metric(values: Sequence[float | None], form: str) -> str:
 
 def _section(name: str, found: Found, out: Path) -> dict[str, Any]:
     heading, done, paper = SECTIONS[name]
-    sizes = [
-        (float(size), group.win_rate)
-        for group in found.groups
-        if (size := group.settings.get("max_train_comparisons")) and group.win_rate is not None
-    ]
+    sizes = [(x, rate) for points in curves_of(found.groups, SIZES).values() for x, rate, *_ in points]
     return {
         "name": name, "heading": heading, "done": done, "paper": paper, "table": markdown_table(found.groups).strip(),
-        "saturation": saturation(sizes, 1.0), "figure": section_figure(name, found.groups, out),
+        "says": f"Here: {said}" if (said := saturation_text(sizes, 1.0)) else highest(found), "figure": section_figure(name, found.groups, out),
         "seeds": ", ".join(dict.fromkeys(each.repetition for each in found.measured if each.repetition)),
     }  # fmt: skip
 

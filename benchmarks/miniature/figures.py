@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jpo_ray.evaluation.charts import interval_chart, rate_rows, standalone
-from jpo_ray.evaluation.experiment_results import Group
+from jpo_ray.evaluation.experiment_results import SIZES, Group, curves_of
 from jpo_ray.evaluation.pages import light_colors, write_page
 
 FOLDER = "figures"
@@ -26,14 +26,10 @@ def table_5_figure(groups: Mapping[str, Group], paper: Mapping[str, Sequence[str
 def section_figure(name: str, groups: Sequence[Group], out: Path) -> str | None:
     """A curve over the number of comparisons, else a row for each group; None where nothing has a rate."""
     label = f"Win rates of the experiment {name}"
-    sizes = [
-        (float(group.settings["max_train_comparisons"]), group.win_rate, *_ends(group))
-        for group in groups
-        if "max_train_comparisons" in group.settings and group.win_rate is not None
-    ]
-    if len(sizes) > 1:
+    curves = curves_of(groups, SIZES)
+    if curves:
         paper = [(float(size), rate, rate, rate) for size, rate in PAPER_SIZES]
-        curves = {"here": sorted(sizes), TL_DR: paper}
+        curves = {"here": next(iter(curves.values())), TL_DR: paper}
         return _written(f"results-{name}", interval_chart(name, label, curves, "training comparisons", RATE), out)
     rows = _rows(_titled(groups))
     others = PAPER_PROTOCOLS if name == "protocols" else {}

@@ -1,5 +1,6 @@
 """What an experiment found: win rates of its groups over repetitions, a curve where a number varies, and a page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from jpo_ray.evaluation.charts import interval_chart, standalone
 from jpo_ray.evaluation.pages import light_colors, render, write_page
 from jpo_ray.evaluation.win_rates import interval, interval_text, resampled_mean, win_rates
 from jpo_ray.files import write_json
 
+SIZES = "max_train_comparisons"
+LEAST_POINTS = 3  # of a curve that may be said to saturate
 COLUMNS = ["instruction_id", "model", "temperature", "verdict"]
 
 
@@ -26,6 +30,7 @@ class Measured:
     settings: Mapping[str, Any]  # without repetitions
     repetition: str
     judgments: pa.Table  # `COLUMNS`
+    comparisons: int | None = None  # that it was trained on, which may be fewer than `max_train_comparisons`
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Group:
 
     entry: str
     settings: dict[str, Any]
+    comparisons: int | None  # trained on; the fewest of its models
     win_rate: float | None  # mean over temperatures and repetitions
     ci95: list[float | None]  # of that, instructions resampled
     by_temperature: dict[str, float | None]  # mean over repetitions
@@ -47,7 +53,8 @@ def groups_of(measured: Sequence[Measured], resamples: int, seed: int) -> list[G
     """In order of appearance."""
     members: dict[tuple[Any, ...], list[Measured]] = {}
     for each in measured:
-        members.setdefault((each.entry, *sorted(each.settings.items(), key=str)), []).append(each)
+        key = (each.entry, *sorted((name, repr(value)) for name, value in each.settings.items()))
+        members.setdefault(key, []).append(each)
     return [_group(some, resamples, seed) for some in members.values()]
 
 
@@ -60,6 +67,7 @@ def _group(members: Sequence[Measured], resamples: int, seed: int) -> Group:
     return Group(
         entry=members[0].entry,
         settings=dict(members[0].settings),
+        comparisons=min((each.comparisons for each in members if each.comparisons is not None), default=None),
         win_rate=found["win_rate"]["mean"],
         ci95=found["ci95"],
         by_temperature={
@@ -76,13 +84,32 @@ def _group(members: Sequence[Measured], resamples: int, seed: int) -> Group:
 def difference(
     first: Sequence[Measured], second: Sequence[Measured], resamples: int, seed: int
 ) -> tuple[float, list[float | None]]:
-    """Win rate of one group minus another's in points, and its 95 % interval with the same instructions resampled."""
+    """Win rate of one group minus another's in points, and its 95 % interval: the same instructions resampled for both,
+    and the repetitions of each.
+    """
     if any(len(set(_instructions(some))) != 1 for some in (first, second, [*first, *second])):
         raise ValueError("the groups were not judged on the same instructions")
     (one, one_B), (other, other_B) = (
-        resampled_mean(_pooled(_parts(members)), resamples, seed) for members in (first, second)
+        _resampled(members, resamples, seed, place) for place, members in enumerate((first, second))
     )
     return one - other, interval(one_B - other_B)
+
+
+def _resampled(members: Sequence[Measured], resamples: int, seed: int, place: int) -> tuple[float, NDArray[np.float64]]:
+    """Mean of a group, and that of each resample, [B]. `place` tells the groups of a comparison apart, whose
+    repetitions are independent.
+
+    Of R repetitions, R drawn with replacement vary (R - 1) / R as much as the mean of R does: their deviation is scaled.
+    """
+    series = [resampled_mean(_pooled(_parts([each])), resamples, seed) for each in members]
+    means_RB = np.array([of_resamples for _, of_resamples in series])
+    mean_B: NDArray[np.float64] = means_RB.mean(axis=0)
+    count = len(members)
+    if count > 1:
+        picks_RB = np.random.default_rng([seed, place]).integers(count, size=means_RB.shape)
+        drawn_B = np.take_along_axis(means_RB, picks_RB, axis=0).mean(axis=0)
+        mean_B = mean_B + np.sqrt(count / (count - 1)) * (drawn_B - mean_B)
+    return mean(value for value, _ in series), mean_B
 
 
 def _instructions(members: Sequence[Measured]) -> list[frozenset[str]]:
@@ -116,16 +143,27 @@ def mean_of_all(values: Sequence[float | None]) -> float | None:
 
 
 def saturation(points: Sequence[tuple[float, float]], within: float) -> float | None:
-    """The smallest x from which on no rate is more than `within` points from the last one; None for fewer than three.
-
-    The last x itself where the curve still moves: then it is not known to have saturated.
+    """The smallest x from which on no rate is more than `within` points from the last one; None for fewer than three x,
+    and where the curve still moves before its last x: then it is not known to have saturated.
     """
     points = sorted(points)
-    if len(points) < 3:
+    places = sorted({x for x, _ in points})
+    if len(places) < LEAST_POINTS:
         return None
     last = points[-1][1]
-    moving = [place for place, (_, rate) in enumerate(points) if abs(rate - last) > within]
-    return points[moving[-1] + 1 if moving else 0][0]
+    moving = max((x for x, rate in points if abs(rate - last) > within), default=-math.inf)
+    settled = [x for x in places if x > moving]
+    return settled[0] if len(settled) > 1 else None
+
+
+def saturation_text(points: Sequence[tuple[float, float]], within: float) -> str:
+    """The same for people; empty for fewer than three points."""
+    if len({x for x, _ in points}) < LEAST_POINTS:
+        return ""
+    at = saturation(points, within)
+    if at is None:
+        return "still moving at its last value: where it saturates is not known"
+    return f"within {within:g} point{'s' if within != 1 else ''} of its last value from {at:,g} on"
 
 
 def write_results(
@@ -135,12 +173,13 @@ def write_results(
 
     `varies` is the setting of the horizontal axis, where its values are numbers.
     """
-    curves = _curves(groups, varies) if varies else {}
+    curves = curves_of(groups, varies) if varies else {}
+    points = {label: [(x, rate) for x, rate, *_ in of] for label, of in curves.items()}
     found = {
         "name": name,
         "groups": [asdict(group) for group in groups],
         "varies": varies,
-        "saturation": {label: saturation([(x, y) for x, y, *_ in of], within) for label, of in curves.items()},
+        "saturation": {label: saturation(of, within) for label, of in points.items()},
         "within": within,
         "about": dict(about),
     }
@@ -153,7 +192,8 @@ def write_results(
     if chart:
         write_page(out / "curve.svg", standalone(chart, light_colors()))
     write_page(out / "results.md", markdown_table(groups) + ("\n![Curve](curve.svg)\n" if chart else ""))
-    context = {**found, "chart": chart, "columns": columns, "temperatures": temperatures, "rows": groups}
+    said = {label: text for label, of in points.items() if (text := saturation_text(of, within))}
+    context = {**found, "chart": chart, "columns": columns, "temperatures": temperatures, "rows": groups, "said": said}
     write_page(out / "index.html", render("experiment.html", context))
     return found
 
@@ -161,12 +201,13 @@ def write_results(
 def markdown_table(groups: Sequence[Group]) -> str:
     columns = list(dict.fromkeys(key for group in groups for key in group.settings))
     temperatures = list(dict.fromkeys(key for group in groups for key in group.by_temperature))
-    heads = ["model", *columns, *temperatures, "mean", "95 %", "each repetition", "n", "invalid"]
+    heads = ["model", *columns, "comparisons", *temperatures, "mean", "95 %", "each repetition", "n", "invalid"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for group in groups:
         cells = [
             group.entry,
             *(str(group.settings.get(column, "")) for column in columns),
+            "" if group.comparisons is None else f"{group.comparisons:,}",
             *(_text(group.by_temperature.get(temperature)) for temperature in temperatures),
             _text(group.win_rate),
             interval_text(group.ci95),
@@ -178,11 +219,15 @@ def markdown_table(groups: Sequence[Group]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _curves(groups: Sequence[Group], varies: str) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Points (x, rate, low, high) of each series: groups that differ in `varies` alone. None but numbers."""
+def curves_of(groups: Sequence[Group], varies: str) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Points (x, rate, low, high) of each series: groups that differ in `varies` alone. None but numbers; of
+    `max_train_comparisons` those that there were.
+    """
     found: dict[str, list[tuple[float, float, float, float]]] = {}
     for group in groups:
         x = group.settings.get(varies)
+        if varies == SIZES and group.comparisons is not None:
+            x = group.comparisons
         low, high = group.ci95
         if isinstance(x, int | float) and not isinstance(x, bool) and group.win_rate is not None:
             others = [f"{value}" for key, value in group.settings.items() if key != varies]

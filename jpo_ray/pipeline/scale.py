@@ -1,6 +1,6 @@
 """`jpo scale`: the runs of an experiment, one after the other, and what they found together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,7 +42,7 @@ def scale(
     assert first.evaluate is not None
     groups = groups_of(measured, first.evaluate.bootstrap_samples, first.seed)
     numbers = [key for key in experiment.config.grid if not is_repetition(key)]
-    varies = numbers[0].rsplit(".", 1)[-1] if numbers else None
+    varies = experiment.names[numbers[0]] if numbers else None
     about = {"runs": len(folders), "trained models": sum(len(run.trained) for run in experiment.runs)}
     write_results(name, groups, varies, experiment.config.within, folder, about | package_versions())
     console.print(groups_table(groups))
@@ -52,13 +52,13 @@ def scale(
 
 def measured_in(experiment: Experiment, folder: Path) -> list[Measured]:
     """What was measured of every model of the experiment's runs below `folder`, which must be finished."""
-    return [each for run in experiment.runs for each in _measured(run, folder / run.name)]
+    return [each for run in experiment.runs for each in _measured(run, experiment.names, folder / run.name)]
 
 
-def _measured(run: Run, path: Path) -> Iterator[Measured]:
+def _measured(run: Run, names: Mapping[str, str], path: Path) -> Iterator[Measured]:
     """The SFT model (once, whatever the trainings' seeds) and every training of a run."""
-    judgments = records.read_table(RunDir(path).path("evaluate") / "judgments.parquet", records.SAMPLE_JUDGMENTS)
-    of_run = shown_settings(run.settings)
+    folder = RunDir(path)
+    judgments = records.read_table(folder.path("evaluate") / "judgments.parquet", records.SAMPLE_JUDGMENTS)
     repetition = ", ".join(str(value) for key, value in run.settings.items() if is_repetition(key))
     of_model = judgments.select(COLUMNS).to_pylist()
     for model in dict.fromkeys(row["model"] for row in of_model):
@@ -66,9 +66,11 @@ def _measured(run: Run, path: Path) -> Iterator[Measured]:
         own = trained.settings if trained else {}
         seeds = [str(value) for key, value in own.items() if is_repetition(key)]
         table = pa.Table.from_pylist([row for row in of_model if row["model"] == model])
+        manifest = folder.manifest(f"train/{model}") if trained else None
         yield Measured(
             entry=trained.entry if trained else model,
-            settings=of_run | shown_settings(own),
+            settings=shown_settings(run.settings | own, names),
+            comparisons=manifest.counts.get("comparisons") if manifest else None,
             repetition=", ".join(filter(None, [repetition, *seeds])),
             judgments=table,
         )

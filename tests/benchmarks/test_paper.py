@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +18,7 @@ from miniature.document import write_document
 from jpo_ray.evaluation.experiment_results import Measured, groups_of
 
 VERDICTS = {"w": "a", "l": "b", "t": "tie"}
+RATES = {1e-5: "wl" * 40, 5e-5: "wwwl" * 20, 5e-4: "l" * 80}
 OBJECTIVES = ("sft", "dpo", "dpo-comparisons", "kto", "kto-comparisons", "jpo")
 
 
@@ -52,13 +55,15 @@ def found() -> dict[str, Found]:
         "objectives": main,
         "data_scaling": experiment(measured("sft", half), *sizes),
         "protocols": experiment(*(measured(e, half) for e in ("sft", "conditional", "joint", "both-half", "both"))),
-        **{name: experiment(measured("jpo", most)) for name in ("strategies", "bands", "selection", "sweep")},
+        "sweep": experiment(*(measured("jpo", of, learning_rate=r, beta=0.1) for r, of in RATES.items())),
+        **{name: experiment(measured("jpo", most)) for name in ("strategies", "bands", "selection")},
     }
 
 
 def test_every_comparison_of_the_paper_has_its_line(found: dict[str, Found]) -> None:
     claims = {claim.says: claim for claim in all_claims(found)}
-    assert len(claims) == 8
+    assert len(claims) == 11
+    assert claims["A learning rate of 5e-5 beats one of 5e-4 (the best of three there; beta 0.1)"].here[:5] == "+75.0"
     verdicts = {says: claim.verdict for says, claim in claims.items()}
     assert verdicts["JPO beats SFT (Table 5)"] == verdicts["JPO beats DPO at equal epochs (Table 5)"] == "agrees"
     assert (
@@ -74,9 +79,11 @@ def test_the_page_has_the_numbers(found: dict[str, Found], tmp_path: Path) -> No
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "| JPO | 75.0 | **75.0** | " in page
     assert "| 61.0 |\n" in page  # length-controlled
-    assert "agrees with 4, cannot tell 4 and disagrees with 0" in page
+    assert "agrees with 6, cannot tell 5 and disagrees with 0" in page
+    highest = "The highest rate here, 75.0, is that of learning_rate 5e-05, beta 0.1: told apart from 2 of 2 others."
+    assert highest in page
     assert "in 10 minutes (objectives 2, data_scaling 2" in page
-    assert "within a point of the last value from 300 on" in page
+    assert "Here: within 1 point of its last value from 300 on." in page
     assert "| joint | 0.95 | 0.80 |\n| conditional | 0.95 | 0.70 |\n| both | 0.95 | 0.90 |\n" in page
     assert "| JPO | 80.0 | 0.50 |" in page
     assert "Seeds: 0." in page
@@ -113,3 +120,29 @@ def main_run(folder: Path) -> Path:
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(content))
     return folder
+
+
+def test_the_time_is_that_of_all_attempts_that_made_something(tmp_path: Path) -> None:
+    """Stopped, killed, finished and shown again."""
+    import paper
+
+    def attempt(*, makes: bool, error: type[BaseException] | None = None) -> float:
+        before = paper._seconds(tmp_path) or 0.0
+        with suppress(KeyboardInterrupt), paper._timed(tmp_path):
+            if makes:
+                folder = tmp_path / "run" / f"stage{len(list(tmp_path.glob('run/*')))}"
+                folder.mkdir(parents=True)
+                (folder / "manifest.json").write_text("{}")
+            time.sleep(0.05)
+            if error is not None:
+                raise error
+        return float(paper._seconds(tmp_path) or 0.0) - before
+
+    assert paper._seconds(tmp_path) is None
+    assert attempt(makes=True, error=KeyboardInterrupt) >= 0.05
+    assert attempt(makes=True) >= 0.05
+    assert attempt(makes=False) == 0
+    killed = paper._seconds(tmp_path)
+    last = (tmp_path / "run" / "stage1" / "manifest.json").stat().st_mtime
+    (tmp_path / "seconds.json").write_text(json.dumps({"seconds": killed, "begun": last - 7.0}))
+    assert attempt(makes=False) == pytest.approx(7.0, abs=1e-3)

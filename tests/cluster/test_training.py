@@ -16,6 +16,7 @@ from cluster.running import CLUSTER, nothing
 from cluster.world import FULL, LORA, Artifacts, make_artifacts
 from jpo_ray.cluster.training import Work, run_training
 from jpo_ray.engine.jobs import train_preferences
+from jpo_ray.engine.merging import merge_adapter
 from jpo_ray.errors import InputError
 
 pytestmark = pytest.mark.ray
@@ -122,6 +123,27 @@ def test_four_bit_weights_with_another_reference_are_refused(artifacts: Artifact
     model = artifacts.model.model_copy(update={"load_in_4bit": True})
     with pytest.raises(InputError, match=r"the reference log-probs do not belong to this model: they differ by"):
         train_preferences(tmp_path, "cpu", None, artifacts.inputs, model, LORA, None)
+
+
+def test_an_adapter_trained_on_four_bits_is_merged_into_the_unquantised_weights(
+    llama: Path, on_two: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    trained = on_two[0] / "nf4"
+    facts = merge_adapter(trained, llama, tmp_path / "merged", "float32")
+    assert facts["note"].startswith("trained on 4-bit weights, merged into the unquantised ones")
+    adapter = load_file(trained / "adapter_model.safetensors")
+    base, merged = (load_file(folder / "model.safetensors") for folder in (llama, tmp_path / "merged"))
+    updates = {
+        name.removeprefix("base_model.model.").removesuffix("lora_A.weight") + "weight": (
+            adapter[name.replace("lora_A", "lora_B")] @ weight * (LORA.lora_alpha / LORA.lora_r)
+        )
+        for name, weight in adapter.items()
+        if "lora_A" in name
+    }
+    assert min(float(update.abs().max()) for update in updates.values()) > 0
+    assert merged.keys() == base.keys() > updates.keys()
+    for name, weight in base.items():
+        torch.testing.assert_close(merged[name], weight + updates.get(name, torch.zeros(1)), rtol=0, atol=1e-6)
 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(

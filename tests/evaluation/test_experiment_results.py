@@ -1,6 +1,7 @@
 """Groups of an experiment by hand, the point of saturation, and the page."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,10 +9,12 @@ import pytest
 
 from jpo_ray.evaluation.experiment_results import (
     Measured,
+    curves_of,
     difference,
     groups_of,
     markdown_table,
     saturation,
+    saturation_text,
     write_results,
 )
 
@@ -83,13 +86,52 @@ def test_a_difference_pairs_the_instructions() -> None:
     [
         ([42.4, 60.0, 71.0, 71.5, 71.7], 3),
         ([50.0, 50.1, 50.2], 1),
-        ([40.0, 50.0, 60.0], 3),
+        ([40.0, 50.0, 60.0], None),  # may go on
         ([60.0, 50.0, 59.5, 60.0], 3),  # back and forth is not saturated
-        ([50.0, 60.0], None),
+        ([50.0, 50.0], None),
     ],
 )
 def test_saturation_is_where_the_curve_stops_to_move(rates: list[float], expected: float | None) -> None:
-    assert saturation([(float(n), rate) for n, rate in enumerate(rates, start=1)], within=1.0) == expected
+    points = [(float(n), rate) for n, rate in enumerate(rates, start=1)]
+    assert saturation(points, within=1.0) == expected
+    said = (
+        "" if len(rates) < 3 else "still moving" if expected is None else f"1 point of its last value from {expected:g}"
+    )
+    assert said in saturation_text(points, within=1.0)
+
+
+def test_sizes_beyond_the_supply_are_one_point() -> None:
+    """What there was to train on counts: 2,000 and 4,000 of 1,500 comparisons are the same training twice."""
+    sizes = {100: "lll", 1000: "lww", 2000: "www", 4000: "www"}
+    models = [
+        replace(measured("jpo", "0", {0.0: letters}, max_train_comparisons=size), comparisons=min(size, 1500))
+        for size, letters in sizes.items()
+    ]
+    points = [(x, rate) for x, rate, *_ in curves_of(groups_of(models, 50, 0), "max_train_comparisons")["jpo"]]
+    assert [x for x, _ in points] == [100, 1000, 1500, 1500]
+    assert saturation(points, 1.0) is None
+
+
+def test_settings_may_be_lists() -> None:
+    """Kinds of comparisons are one; lists are no keys of a dictionary."""
+    kinds = (["joint"], ["conditional", "joint"])
+    found = groups_of([measured("jpo", "0", {0.0: "wl"}, protocols=some) for some in kinds], 10, 0)
+    assert [group.settings["protocols"] for group in found] == list(kinds)
+    assert "| jpo | ['conditional', 'joint'] |" in markdown_table(found)
+
+
+def test_a_difference_counts_how_repetitions_differ() -> None:
+    """All instructions give the same, seeds do not: 100, 0 and 50 percent against 50. The mean of three seeds has a
+    standard error of sd / sqrt(3) = 28.9 points; a bootstrap of three, unscaled, would have 23.6.
+    """
+    first = [measured("jpo", str(seed), {0.0: letter * 10}) for seed, letter in enumerate("wlt")]
+    second = [measured("sft", "", {0.0: "t" * 10})]
+    points, (low, high) = difference(first, second, 4000, 0)
+    assert points == 0.0
+    assert low is not None
+    assert high is not None
+    assert (low, high) == pytest.approx((-61, 61), abs=1)  # two of three the same: +-50 x sqrt(3 / 2)
+    assert difference(second, second, 100, 0) == (0.0, [0.0, 0.0])
 
 
 def test_the_page_shows_a_curve_where_numbers_vary(tmp_path: Path) -> None:
@@ -97,12 +139,12 @@ def test_the_page_shows_a_curve_where_numbers_vary(tmp_path: Path) -> None:
     models = [measured("jpo", "0", {0.0: letters}, size=size) for size, letters in sizes.items()]
     groups = groups_of([measured("sft", "", {0.0: "lll"}), *models], 50, 0)
     found = write_results("data <scaling>", groups, "size", 1.0, tmp_path, {"runs": 1})
-    assert found["saturation"] == {"jpo": 10000.0}
+    assert found["saturation"] == {"jpo": None}
     assert json.loads((tmp_path / "results.json").read_text())["groups"][1]["win_rate"] == 0.0
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") == 1
     assert "data &lt;scaling&gt;" in page
-    assert "10,000 on" in page
+    assert "jpo: still moving at its last value" in page
     assert (tmp_path / "results.md").read_text().count("\n") == 8
     words = [measured("jpo", "0", {0.0: "wl"}, strategy=name) for name in ("random", "similar")]
     write_results("strategies", groups_of(words, 50, 0), "strategy", 1.0, tmp_path, {})
