@@ -9,8 +9,8 @@ from typing import Any
 from jpo_ray import __version__
 from jpo_ray.artifacts import Manifest
 from jpo_ray.config import TrainConfig
-from jpo_ray.data.tokens import CHAT
 from jpo_ray.files import read_json
+from jpo_ray.pipeline.card_program import how_to_use
 from jpo_ray.runs import RunDir
 
 ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -20,7 +20,6 @@ SHOWN = (  # of a training's keys, besides those of its objective
     "comparisons_per_step", "max_batch_tokens", "batching", "max_train_comparisons", "items_per_step", "lora_r",
     "lora_alpha", "lora_dropout", "lora_target_modules", "seed",
 )  # fmt: skip
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 WITHOUT_LORA = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
 
 
@@ -44,10 +43,10 @@ def model_card(exported: Exported) -> str:
     trained = exported.manifest.config.get("train")
     base = exported.base or exported.manifest.counts.get("base_model")
     base = base or (config.get("model") or {}).get("model_name_or_path")
-    datasets = [path for path in _sources(config) if _is_on_hub(run, path)]
+    datasets = [path for path in _sources(config) if is_on_hub(run, path)]
     tags = ["jpo-ray", *(["joint-preference-optimization", trained["objective"]] if trained else ["sft"])]
     front = ModelCardData(
-        base_model=base if base and _is_on_hub(run, base) else None,
+        base_model=base if base and is_on_hub(run, base) else None,
         datasets=datasets or None,
         library_name="peft" if exported.kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
@@ -80,7 +79,7 @@ def _sources(config: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(source["path"] for split in ("train", "sft") for source in items.get(split) or []))
 
 
-def _is_on_hub(run: RunDir, name: str) -> bool:
+def is_on_hub(run: RunDir, name: str) -> bool:
     """Whether a name is certainly no path: neither by its look, nor by what the run read, nor by what stands here."""
     if not ON_HUB.fullmatch(name) or Path(name).suffix.lower() in OF_FILES:
         return False
@@ -94,7 +93,7 @@ def _is_on_hub(run: RunDir, name: str) -> bool:
 
 def _named(run: RunDir, path: str) -> str:
     """A file by its name alone: where it lay is nobody's concern."""
-    return path if _is_on_hub(run, path) else Path(path).name
+    return path if is_on_hub(run, path) else Path(path).name
 
 
 def _summary(exported: Exported, trained: dict[str, Any] | None, base: str | None) -> str:
@@ -225,72 +224,8 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _use(exported: Exported) -> str:
-    model = exported.manifest.config["model"]
-    if model["template"] == CHAT:
-        prompt = (
-            'tokenizer.apply_chat_template([{"role": "user", "content": instruction}], tokenize=False, '
-            "add_generation_prompt=True)"
-        )
-        bos = "prompt"
-    else:
-        prompt = f"{model['template']!r}.replace('{{instruction}}', instruction)"
-        bos = "(tokenizer.bos_token or '') + prompt"
-    adapter = exported.kind == "adapter"
-    loader = "from peft import AutoPeftModelForCausalLM as AutoModelForCausalLM\n" if adapter else ""
-    plain = "" if adapter else "AutoModelForCausalLM, "
-    return f"""The prompt has the form that the model was trained on.
-
-```python
-{loader}from transformers import {plain}AutoTokenizer
-
-folder = "FOLDER"  # this folder, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-
-instruction = "INSTRUCTION"
-prompt = {prompt}
-ids = tokenizer({bos}, return_tensors="pt", add_special_tokens=False)
-answer = model.generate(**ids, max_new_tokens=256, do_sample=False)
-print(tokenizer.decode(answer[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip())
-```
-
-With vLLM{_served(adapter)}:
-
-```python
-{_in_vllm(exported)}
-```
-
-In the run's folder, `jpo serve --run-dir RUN_DIR` serves it behind an OpenAI-compatible endpoint that lays prompts out
-by itself."""
-
-
-def _served(adapter: bool) -> str:
-    serve = "vllm serve BASE --enable-lora --lora-modules NAME=FOLDER" if adapter else "vllm serve FOLDER"
-    return f" (or as a server: `{serve}`)"
-
-
-def _in_vllm(exported: Exported) -> str:
-    adapter, base = exported.kind == "adapter", "BASE"
-    if exported.base and _is_on_hub(exported.run, exported.base):
-        base = exported.base
-    lora = ', lora_request=LoRARequest("adapter", 1, folder)' if adapter else ""
-    lines = ["from vllm import LLM, SamplingParams"]
-    if adapter:
-        rank = exported.manifest.config["train"]["lora_r"]
-        lines += [
-            "from vllm.lora.request import LoRARequest\n",
-            f'base = "{base}"  # the model that the adapter was trained on: its folder, or its name on the Hub',
-            f"llm = LLM(base, enable_lora=True, max_lora_rank={next((most for most in RANKS if most >= rank), rank)})",
-        ]
-    else:
-        lines[0] += "\n"
-        lines.append("llm = LLM(folder)")
-    return "\n".join(
-        [
-            *lines,
-            'prompt_ids = {"prompt_token_ids": ids["input_ids"][0].tolist()}',
-            "params = SamplingParams(temperature=0, max_tokens=256)",
-            f"answer = llm.generate(prompt_ids, params{lora})",
-            "print(answer[0].outputs[0].text.strip())",
-        ]
-    )
+    config, base = exported.manifest.config, exported.base
+    if exported.kind != "adapter":
+        return how_to_use(config["model"]["template"])
+    named = base if base and is_on_hub(exported.run, base) else "BASE"
+    return how_to_use(config["model"]["template"], base=named, rank=config["train"]["lora_r"])

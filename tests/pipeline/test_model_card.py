@@ -1,5 +1,6 @@
 """The card of a model says what its manifests say: no training is run here."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import yaml
 
 from jpo_ray.artifacts import Manifest
 from jpo_ray.config import TrainConfig
+from jpo_ray.data.tokens import Layout, prompt_ids
 from jpo_ray.files import write_json
 from jpo_ray.pipeline.model_card import Exported, model_card
 from jpo_ray.runs import RunDir
+from jpo_ray.sandbox.model import make_tokenizer
 
 MODEL = {"template": "Q: {instruction}\nA:", "dtype": "float32"}
 
@@ -90,7 +93,7 @@ def test_every_key_that_shapes_a_training_is_in_the_table(run: Path) -> None:
         "batching": "pairs", "max_batch_tokens": "900",
     }.items():  # fmt: skip
         assert f"| {key} | {value} |" in body
-    assert "None" not in body
+    assert "None" not in body.split("## Use")[0]
 
 
 def test_the_judges_are_told_by_kind_and_model(run: Path) -> None:
@@ -133,3 +136,44 @@ def test_the_program_for_vllm_names_all_that_it_uses(run: Path) -> None:
     compile(program, "README.md", "exec")
     assert "LLM(folder)" in program
     assert "lora" not in program.lower()
+
+
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+INSTRUCTION = "Name 'two' fruits\nand a {colour}."
+
+
+def spaced() -> Any:
+    """Llama's and Mistral's kind: a blank is put before the first piece of a text, and of no other."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted({"▁", *TURNS, *MODEL["template"], *INSTRUCTION, *"user<>"})
+    pieces = {piece: number for number, piece in enumerate(["<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(pieces, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def bare() -> Any:
+    """GPT-2's and Qwen's kind, without BOS."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = make_tokenizer([INSTRUCTION], 270)
+    return PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token="<eos>")
+
+
+@pytest.mark.parametrize("template", [MODEL["template"], "chat"])
+@pytest.mark.parametrize("turns", [TURNS, "{{ bos_token }}" + TURNS], ids=["no BOS in the template", "BOS in it"])
+@pytest.mark.parametrize("make", [spaced, bare, lambda: make_tokenizer([INSTRUCTION], 270)], ids=["▁", "bare", "BOS"])
+def test_the_program_makes_the_ids_of_training(run: Path, template: str, turns: str, make: Callable[[], Any]) -> None:
+    """Its lines between the model's loading and the answer, with a tokenizer of each kind."""
+    tokenizer = make()
+    tokenizer.chat_template = turns
+    _, body = card(run, trained(run, {}, {}, model=MODEL | {"template": template}))
+    program = body.split("```python\n")[1].split("```")[0].replace('"INSTRUCTION"', repr(INSTRUCTION))
+    made: dict[str, Any] = {"tokenizer": tokenizer}
+    exec("instruction = " + program.split("instruction = ")[1].split("inputs = ")[0], made)
+    assert made["ids"] == prompt_ids(tokenizer, Layout(template, "", 256), [INSTRUCTION])[0]
