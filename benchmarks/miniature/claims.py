@@ -2,7 +2,8 @@
 
 A claim is that one group of models has a higher win rate than another. The sandbox agrees where the 95 % interval of
 the difference (the same instructions resampled for both, and the training seeds of each) lies above zero, disagrees
-where it lies below, and cannot tell where it holds zero. Only signs and shapes are compared: the paper's models, data and judges are others.
+where it lies below, and cannot tell where it holds zero. Only
+signs and shapes are compared: the paper's models, data and judges are others.
 """
 
 from collections.abc import Mapping, Sequence

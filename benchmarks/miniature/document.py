@@ -169,9 +169,10 @@ def _metric(values: Sequence[float | None], form: str) -> str:
 def _section(name: str, found: Found, out: Path) -> dict[str, Any]:
     heading, done, paper = SECTIONS[name]
     sizes = [(x, rate) for points in curves_of(found.groups, SIZES).values() for x, rate, *_ in points]
+    says = f"Here: {said}" if (said := saturation_text(sizes, 1.0)) else highest(found)
     return {
         "name": name, "heading": heading, "done": done, "paper": paper, "table": markdown_table(found.groups).strip(),
-        "says": f"Here: {said}" if (said := saturation_text(sizes, 1.0)) else highest(found), "figure": section_figure(name, found.groups, out),
+        "says": says, "figure": section_figure(name, found.groups, out),
         "seeds": ", ".join(dict.fromkeys(each.repetition for each in found.measured if each.repetition)),
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jpo_ray.cluster.session import on_node, within
 from jpo_ray.config import SampleConfig
 from jpo_ray.config_cluster import ClusterConfig
 from jpo_ray.errors import InputError
-from jpo_ray.evaluation.generation import Generated, Request, SampledModel, TransformersSampler
+from jpo_ray.evaluation.generation import Generated, Request, SampledModel, TransformersSampler, end_tokens
 
 TRANSFORMERS_BATCH = 64
 VLLM_BATCH = 64
@@ -102,6 +103,7 @@ def _vllm(
             "number": row["number"],
             "text": row["generated_text"],
             "tokens": row["num_generated_tokens"],
+            "last": int(row["generated_tokens"][-1]) if row["num_generated_tokens"] else -1,
         },
         # Engines may hold every core: these steps would then wait for one for ever. Without a core they have no limit
         # either, and a Python process for each of 200 blocks takes the engine's cores.
@@ -111,13 +113,24 @@ def _vllm(
     for each in processor.stages.values():
         # Not by assignment: the stage would be validated again and then ask for a GPU.
         each.__dict__["fn"] = on_node(each.fn, _folders(base, requests))
+    closing = _end_tokens(base)
     blocks = -(-len(requests) // VLLM_BATCH)
     asked = ray.data.from_items([_row(request) for request in requests], override_num_blocks=blocks)
     for row in processor(asked).iter_rows():
         if error := row.get("__inference_error__"):
             yield Generated(int(row["number"]), "", 0, str(error))
         else:
-            yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]))
+            ended = row["tokens"] < config.max_new_tokens or row["last"] in closing
+            yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]), ended=ended)
+
+
+def _end_tokens(base: Path) -> set[int]:
+    from transformers import GenerationConfig
+
+    from jpo_ray.engine.model import load_tokenizer
+
+    written = (base / "generation_config.json").exists()
+    return end_tokens(load_tokenizer(base), GenerationConfig.from_pretrained(base) if written else GenerationConfig())
 
 
 def _threads(ray: Any, cluster: ClusterConfig, parts: int) -> dict[str, str]:
@@ -177,12 +190,17 @@ class TransformersActor:
 
     def __call__(self, batch: dict[str, Any], max_new_tokens: int, stop: list[str]) -> dict[str, Any]:
         requests: list[Request] = batch["requests"][0].requests
-        answers = self.sampler.generate(requests, max_new_tokens, stop)
-        return {
-            "number": [answer.number for answer in answers],
-            "text": [answer.text for answer in answers],
-            "tokens": [answer.tokens for answer in answers],
-        }
+        try:
+            answers = self.sampler.generate(requests, max_new_tokens, stop)
+        except Exception:  # of one of them, as a rule
+            answers = [self._alone(request, max_new_tokens, stop) for request in requests]
+        return {each.name: [getattr(answer, each.name) for answer in answers] for each in fields(Generated)}
+
+    def _alone(self, request: Request, max_new_tokens: int, stop: list[str]) -> Generated:
+        try:
+            return self.sampler.generate([request], max_new_tokens, stop)[0]
+        except Exception as error:
+            return Generated(request.number, "", 0, f"{type(error).__name__}: {error}")
 
 
 class _Group:
@@ -208,7 +226,7 @@ def _transformers(
         **as_options(wanted),
     )
     for row in answered.iter_rows():
-        yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]))
+        yield Generated(**row)
 
 
 def _folders(base: Path, requests: Sequence[Request]) -> list[Path]:

@@ -100,21 +100,31 @@ def raw_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [row if row[:1] == [bos] else [bos, *row] for row in ids]  # some chat templates write BOS themselves
 
 
-def response_ids(tokenizer: Any, layout: Layout, responses: Sequence[str]) -> list[list[int]]:
-    """Response part of each response, closed by EOS."""
+def response_ids(
+    tokenizer: Any, layout: Layout, responses: Sequence[str], ended: Sequence[bool] | None = None
+) -> list[list[int]]:
+    """Response part of each response, closed by EOS unless it has not `ended`, as one that was cut when it was drawn."""
+    ended = [True] * len(responses) if ended is None else ended
+    both = list(zip(responses, ended, strict=True))
     if layout.template == CHAT:
         _require_chat_template(tokenizer)
-        ids = _encode_after(tokenizer, [_chat_suffix(tokenizer, text) for text in responses])
+        ids = _encode_after(tokenizer, [_chat_suffix(tokenizer, text) if end else text for text, end in both])
     else:
         ids = _encode_after(tokenizer, [layout.response_prefix + text for text in responses])
     eos = tokenizer.eos_token_id
-    return [row if row[-1:] == [eos] else [*row, eos] for row in ids]
+    return [row if row[-1:] == [eos] or not end else [*row, eos] for row, (_, end) in zip(ids, both, strict=True)]
 
 
 def tokenize(
-    tokenizer: Any, layout: Layout, instructions: Sequence[str], responses: Sequence[str], *, clip: bool = False
+    tokenizer: Any,
+    layout: Layout,
+    instructions: Sequence[str],
+    responses: Sequence[str],
+    *,
+    clip: bool = False,
+    ended: Sequence[bool] | None = None,
 ) -> TokenizedItems:
-    """Tokenize n items. Each distinct instruction is tokenized once.
+    """Tokenize n items. Each distinct instruction is tokenized once. `ended` as in `response_ids`; default: all.
 
     A sequence longer than `layout.max_length` loses the end of its response (EOS included) and is counted. Raises
     `InputError` where not even one token of the response would be left, unless `clip`: then the instruction is cut too.
@@ -125,7 +135,7 @@ def tokenize(
     rows: list[list[int]] = []
     prompt_lengths: list[int] = []
     truncated = 0
-    for instruction, response in zip(instructions, response_ids(tokenizer, layout, responses), strict=True):
+    for instruction, response in zip(instructions, response_ids(tokenizer, layout, responses, ended), strict=True):
         prompt = prompts[instruction][: layout.max_length - 1]
         truncated += len(prompt) + len(response) > layout.max_length
         rows.append((prompt + response)[: layout.max_length])

@@ -99,7 +99,7 @@ def _resampled(members: Sequence[Measured], resamples: int, seed: int, place: in
     """Mean of a group, and that of each resample, [B]. `place` tells the groups of a comparison apart, whose
     repetitions are independent.
 
-    Of R repetitions, R drawn with replacement vary (R - 1) / R as much as the mean of R does: their deviation is scaled.
+    R of R repetitions, drawn with replacement, vary (R - 1) / R as much as the mean of R does: they are scaled.
     """
     series = [resampled_mean(_pooled(_parts([each])), resamples, seed) for each in members]
     means_RB = np.array([of_resamples for _, of_resamples in series])

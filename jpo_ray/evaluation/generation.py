@@ -41,6 +41,7 @@ class Generated:
     text: str
     tokens: int
     error: str = ""
+    ended: bool = True  # by itself or at a stop string; else `max_new_tokens` cut it
 
 
 def effective_temperature(engine: str, temperature: float) -> float:
@@ -79,7 +80,9 @@ class TransformersSampler:
         self.model.eval()
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int, stop: Sequence[str] = ()) -> list[Generated]:
-        """Answer requests of one model and temperature together. The first one's seed seeds the batch."""
+        """Answer requests of one model and temperature together. What a request's seed draws does not depend on the
+        others.
+        """
         import torch
 
         model, temperature = requests[0].model, requests[0].temperature
@@ -90,10 +93,7 @@ class TransformersSampler:
         device = next(self.model.parameters()).device
         ids = torch.tensor([[pad] * n + r.prompt_ids for n, r in zip(padding, requests, strict=True)], device=device)
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
-        greedy = temperature < GREEDY_BELOW
-        plain = {"top_k": 0, "top_p": 1.0}  # whatever the model's generation_config says
-        sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature} | plain
-        torch.manual_seed(requests[0].seed)
+        drawn = [] if temperature < GREEDY_BELOW else [_Drawn(temperature, [r.seed for r in requests], device)]
         with torch.no_grad(), self._using(model):
             output = self.model.generate(
                 input_ids=ids,
@@ -102,17 +102,20 @@ class TransformersSampler:
                 pad_token_id=pad,
                 repetition_penalty=1.0,
                 **({"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}),
-                **sampling,
+                do_sample=False,
+                logits_processor=drawn,
             )
         rows = zip(requests, output, strict=True)
         return [self._answer(request, row[longest:].tolist(), stop) for request, row in rows]
 
     def _answer(self, request: Request, ids: list[int], stop: Sequence[str]) -> Generated:
-        eos = self.tokenizer.eos_token_id
-        ids = ids[: ids.index(eos) + 1] if eos in ids else ids
+        closing = end_tokens(self.tokenizer, self.model.generation_config)
+        place = next((place for place, token in enumerate(ids) if token in closing), None)
+        ids = ids if place is None else ids[: place + 1]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        ends = [place for end in stop if (place := text.find(end)) >= 0]
-        return Generated(request.number, text[: min(ends)] if ends else text, len(ids))
+        stops = [found for end in stop if (found := text.find(end)) >= 0]
+        ended = bool(stops) or place is not None
+        return Generated(request.number, text[: min(stops)] if stops else text, len(ids), ended=ended)
 
     def _using(self, model: SampledModel) -> Any:
         from contextlib import nullcontext
@@ -123,6 +126,33 @@ class TransformersSampler:
             return self.model.disable_adapter()
         self.model.set_adapter(_module_name(model.name))
         return nullcontext()
+
+
+class _Drawn:
+    """Makes the largest score that of a token drawn at a temperature, by the Gumbel-max trick (arXiv 1611.01144,
+    Eq. 1), with random numbers of each row's own.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: Any) -> None:
+        import torch
+
+        self._temperature = temperature
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, _: Any, scores: Any) -> Any:
+        import torch
+
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self._temperature - noise.log()
+
+
+def end_tokens(tokenizer: Any, generation_config: Any) -> set[int]:
+    """Tokens that end a response."""
+    given = generation_config.eos_token_id
+    some = given if isinstance(given, list) else [given]
+    return {token for token in (tokenizer.eos_token_id, *some) if token is not None}
 
 
 def _module_name(name: str) -> str:

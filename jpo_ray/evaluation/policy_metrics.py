@@ -56,14 +56,17 @@ def preference_metrics(
     }
 
 
-def kl_of_samples(log_ratio_S: Floats) -> dict[str, Any]:
+def kl_of_samples(log_ratio_S: Floats, instruction_S: Sequence[str]) -> dict[str, Any]:
     """KL divergence of policy from reference, in nats a response, by the policy's own samples at temperature 1.
 
-    The mean log-ratio of the samples, and its 95 % interval by the normal approximation.
+    The mean log-ratio of the samples, and its 95 % interval by the normal approximation, samples of one instruction
+    being one piece of evidence.
     """
     if not len(log_ratio_S):
         return {"kl": None, "kl_ci95": [None, None], "kl_samples": 0}
-    mean, error = float(log_ratio_S.mean()), float(log_ratio_S.std() / np.sqrt(len(log_ratio_S)))
+    mean = float(log_ratio_S.mean())
+    _, cluster_S = np.unique(np.array(instruction_S), return_inverse=True)
+    error = float(np.sqrt((np.bincount(cluster_S, log_ratio_S - mean) ** 2).sum()) / len(log_ratio_S))
     return {"kl": mean, "kl_ci95": [mean - 1.96 * error, mean + 1.96 * error], "kl_samples": len(log_ratio_S)}
 
 

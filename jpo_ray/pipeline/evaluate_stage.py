@@ -148,7 +148,9 @@ def _policies(context: Context, trained: list[str], out: Path) -> dict[str, Any]
             "evaluate.policies: neither held-out preferences (items.validation) nor samples at temperature 1 to score"
         )
     base, model = sft_model(context)[0].resolve(), context.config.model
-    tokens = tokenize(load_tokenizer(base), layout_of(model), *(list(side) for side in zip(*pairs, strict=True)))
+    instructions, responses = (list(side) for side in zip(*pairs, strict=True))
+    ended = [*([True] * len(ids)), *(row["finish_reason"] != "length" for row in own)]  # what was cut drew no EOS
+    tokens = tokenize(load_tokenizer(base), layout_of(model), instructions, responses, ended=ended)
     own_rows = {
         name: np.array(
             [number for number, row in enumerate(own, start=len(ids)) if row["model"] == name], dtype=np.intp
@@ -173,14 +175,18 @@ def _policies(context: Context, trained: list[str], out: Path) -> dict[str, Any]
     found = {}
     for name, ratio in zip(trained, ratios, strict=True):
         found[name] = preference_metrics(ratio[: len(ids)].astype(float), under_reference, chosen, rejected, joint)
-        found[name] |= kl_of_samples(ratio[len(ids) :, 1].astype(float))
+        drawn = [row["instruction_id"] for row in own if row["model"] == name]
+        found[name] |= kl_of_samples(ratio[len(ids) :, 1].astype(float), drawn)
     for name in ("sft", *trained):
         given = [row["response"] for row in samples if row["model"] == name]
         found[name] = found.get(name, {}) | sample_metrics(given)
     write_json(out / "policies.json", found)
     displaced = [name for name in trained if found[name]["displacement"]]
     warning = f"the chosen responses grew less likely under {', '.join(displaced)}" if displaced else ""
-    return {"models": len(trained), "held-out comparisons": len(held_out), "warning": warning}
+    counts = {"models": len(trained), "held-out comparisons": len(held_out)}
+    if tokens.truncated:
+        counts["texts cut to model.max_length"] = tokens.truncated
+    return counts | {"warning": warning}
 
 
 def _policy(context: Context, name: str, base: Path) -> Path:

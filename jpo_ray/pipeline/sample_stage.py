@@ -50,7 +50,7 @@ def _models(context: Context, config: SampleConfig) -> list[str]:
 
 
 def _sample(context: Context, config: SampleConfig, engine: str, names: list[str], out: Path) -> dict[str, Any]:
-    instructions, without_gold = _instructions(context, config)
+    instructions, left_out = _instructions(context, config)
     base = sft_model(context)[0].resolve()
     models = [sampled_model(context, name, base) for name in names]
     rows = draw(context, config, engine, instructions, models, context.seed(config.seed), out)
@@ -58,7 +58,7 @@ def _sample(context: Context, config: SampleConfig, engine: str, names: list[str
     return {
         "samples": len(rows),
         "instructions": len(instructions),
-        "left out without gold": without_gold,
+        **left_out,
         "engine": engine,
         "cut at max_new_tokens": sum(row["finish_reason"] == "length" for row in rows),
         "empty responses": sum(not row["response"].strip() for row in rows),
@@ -130,7 +130,7 @@ def draw(
                 "effective_temperature": effective_temperature(engine, temperature),
                 "seed": requests[answer.number].seed,
                 "response": clean_response(answer.text, context.config.model.response_prefix),
-                "finish_reason": "length" if answer.tokens >= config.max_new_tokens else "stop",
+                "finish_reason": "stop" if answer.ended else "length",
                 "engine": engine,
                 "number": answer.number,
             }
@@ -171,10 +171,10 @@ def sampled_model(context: Context, name: str, base: Path) -> SampledModel:
     return SampledModel(name, folder, base)
 
 
-def _instructions(context: Context, config: SampleConfig) -> tuple[dict[str, str], int]:
-    """Instructions of the split, the first ones in data order: id -> text; and how many lack a gold response.
+def _instructions(context: Context, config: SampleConfig) -> tuple[dict[str, str], dict[str, int]]:
+    """Instructions of the split, the first `max_instructions` in data order, id -> text; and how many are left out.
 
-    Those are left out where others have one.
+    Those without a gold response are where others have one.
     """
     items = records.read_table(context.path("items") / "items.parquet", records.ITEMS).to_pylist()
     here = [item for item in items if item["split"] == config.split]
@@ -182,8 +182,11 @@ def _instructions(context: Context, config: SampleConfig) -> tuple[dict[str, str
     found = {item["instruction_id"]: item["instruction"] for item in with_gold or here}
     if not found:
         raise InputError(f"sample: no instructions in the {config.split} split; give items.{config.split}")
-    without_gold = len({item["instruction_id"] for item in here} - found.keys())
-    return dict(list(found.items())[: config.max_instructions]), without_gold
+    taken = dict(list(found.items())[: config.max_instructions])
+    left_out = {"left out without gold": len({item["instruction_id"] for item in here} - found.keys())}
+    if len(taken) < len(found):
+        left_out["left out beyond max_instructions"] = len(found) - len(taken)
+    return taken, left_out
 
 
 def _require_room(model: Path, longest: int, max_new_tokens: int) -> None:

@@ -222,6 +222,16 @@ def test_a_chat_template_without_end_mark_still_ends_in_eos(with_bos: Any) -> No
     assert response == [*bare(tokenizer, "An apple.\n"), 2]
 
 
+def test_a_response_that_was_cut_has_no_end(with_bos: Any) -> None:
+    """Neither EOS nor, of a chat template, the mark that ends a turn: nobody drew them."""
+    marked = chatty(with_bos, TURNS.replace("{{ eos_token }}", "."))
+    for tokenizer, layout, prefix in ((with_bos, PAPER, " "), (marked, CHAT, "")):
+        found = tokenize(tokenizer, layout, ["a", "a"], ["An apple", "An apple"], ended=[False, True])
+        cut, whole = (found.item(row)[found.prompt_lengths[row] :].tolist() for row in range(2))
+        assert cut == bare(tokenizer, prefix + "An apple")
+        assert whole[-1] == 2
+
+
 def test_chat_templates_that_cannot_be_used_are_refused(with_bos: Any) -> None:
     with pytest.raises(InputError, match="the tokenizer has no chat template; give a text with"):
         one(with_bos, CHAT, "a", "b")

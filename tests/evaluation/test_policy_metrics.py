@@ -42,11 +42,14 @@ def test_nothing_held_out_is_none() -> None:
 def test_kl_is_the_mean_log_ratio_of_samples() -> None:
     """Of a policy N(1, 1) and a reference N(0, 1) it is 1/2."""
     drawn = np.random.default_rng(0).normal(1.0, 1.0, 4000)
-    found = kl_of_samples(drawn - 0.5)
+    found = kl_of_samples(drawn - 0.5, [str(number) for number in range(4000)])
     low, high = found["kl_ci95"]
     assert low < 0.5 < high
     assert high - low == pytest.approx(2 * 1.96 / np.sqrt(4000), rel=0.05)
-    assert kl_of_samples(np.array([]))["kl"] is None
+    assert kl_of_samples(np.array([]), [])["kl"] is None
+    four = kl_of_samples(np.repeat(drawn[:1000] - 0.5, 4), [str(number // 4) for number in range(4000)])
+    low, high = four["kl_ci95"]
+    assert high - low == pytest.approx(2 * 1.96 / np.sqrt(1000), rel=0.1)  # the same sample four times is one
 
 
 def test_lengths_and_distinct_n() -> None:

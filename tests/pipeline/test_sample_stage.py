@@ -11,6 +11,7 @@ from rich.console import Console
 from jpo_ray import records
 from jpo_ray.cluster import sampling
 from jpo_ray.evaluation.generation import Generated
+from jpo_ray.files import read_json
 from jpo_ray.pipeline import run_stages
 from pipeline.inline import Cluster, run, small_config
 
@@ -88,3 +89,12 @@ def test_requests_that_fail_are_named_and_asked_again(
     run(config, run_dir, ["sample"])
     assert cluster.calls[-1] == "sample 2 with transformers"
     assert len(sampled(run_dir)) == 18
+
+
+def test_instructions_beyond_the_limit_are_counted(run_dir: Path, cluster: Cluster) -> None:
+    there = len({row["instruction_id"] for row in sampled(run_dir)})
+    run(small_config(sample=SAMPLE | {"max_instructions": 2}), run_dir, ["sample"])
+    assert len({row["instruction_id"] for row in sampled(run_dir)}) == 2
+    counts = read_json(run_dir / "sample" / "manifest.json")["counts"]
+    assert (counts["instructions"], counts["left out beyond max_instructions"]) == (2, there - 2)
+    assert cluster.calls[-1].startswith("sample")
