@@ -113,9 +113,9 @@ def _about(found: Mapping[str, Found]) -> dict[str, Any]:
 
 
 def _table_5(main: Found, run: Path) -> list[dict[str, Any]]:
-    controlled: dict[str, list[float | None]] = defaultdict(list)
+    controlled: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for name, entry in read_json(run / "evaluate" / "win_rates.json")["models"].items():
-        controlled[_entry(name)].append((entry.get("length_controlled") or {}).get("rate"))
+        controlled[_entry(name)].append(entry.get("length_controlled") or {})
     groups = {group.entry: group for group in main.groups}
     return [
         {
@@ -124,7 +124,9 @@ def _table_5(main: Found, run: Path) -> list[dict[str, Any]]:
             "mean": groups[entry].win_rate,
             "interval": interval_text(groups[entry].ci95),
             "seeds": ", ".join(map(_number, groups[entry].repetitions)) if entry != "sft" else "",
-            "controlled": mean_of_all(controlled[entry]),
+            "controlled": _with_interval(controlled[entry], "rate", "ci95"),
+            "n": f"{groups[entry].n:,}",
+            "invalid": f"{groups[entry].invalid:,}",
         }
         for entry, title in ENTRIES.items()
     ]
@@ -132,19 +134,28 @@ def _table_5(main: Found, run: Path) -> list[dict[str, Any]]:
 
 def _joint(tournament: Mapping[str, Any]) -> dict[str, Any]:
     ranking, agreement = tournament["ranking"], tournament["agreement"]
-    rates: dict[tuple[str, str], list[float | None]] = defaultdict(list)
+    rates: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for source in ("joint", "conditional"):
         for name, model in ranking[source]["models"].items():
-            rates[_entry(name), source].append(model["win_rate"])
+            rates[_entry(name), source].append(model)
     return {
         "counts": {source: ranking[source]["n"] for source in ("joint", "conditional")},
         "models": agreement["joint"]["models"],
         "agreement": {source: agreement[source] for source in ("joint", "conditional", "both")},
         "rows": {
-            title: [mean_of_all(rates[entry, source]) for source in ("joint", "conditional")]
+            title: [
+                _with_interval(rates[entry, source], "win_rate", "win_rate_ci95") for source in ("joint", "conditional")
+            ]
             for entry, title in ENTRIES.items()
         },
     }
+
+
+def _with_interval(of_seeds: Sequence[Mapping[str, Any]], value: str, ci95: str) -> str:
+    """Mean over seeds of a number and of the ends of its interval."""
+    ends = [each.get(ci95) or [None, None] for each in of_seeds]
+    low, high = (mean_of_all([end[side] for end in ends]) for side in (0, 1))
+    return f"{_number(mean_of_all([each.get(value) for each in of_seeds]))} ({interval_text([low, high])})"
 
 
 def _policies(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def raw_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def response_ids(
     tokenizer: Any, layout: Layout, responses: Sequence[str], ended: Sequence[bool] | None = None
 ) -> list[list[int]]:
-    """Response part of each response, closed by EOS unless it has not `ended`, as one that was cut when it was drawn."""
+    """Response part of each response, closed by EOS unless it has not `ended`, as one cut when it was drawn."""
     ended = [True] * len(responses) if ended is None else ended
     both = list(zip(responses, ended, strict=True))
     if layout.template == CHAT:

@@ -78,7 +78,8 @@ def test_the_page_has_the_numbers(found: dict[str, Found], tmp_path: Path) -> No
     write_document(found, run, tmp_path / "docs")
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "| JPO | 75.0 | **75.0** | " in page
-    assert "| 61.0 |\n" in page  # length-controlled
+    assert "| 61.0 (60.0 to 62.0) | 80 | 0 |\n" in page  # length-controlled, n, invalid
+    assert "| JPO | 50.0 (45.0 to 55.0) | 50.0 (45.0 to 55.0) |\n" in page
     assert "agrees with 6, cannot tell 5 and disagrees with 0" in page
     highest = "The highest rate here, 75.0, is that of learning_rate 5e-05, beta 0.1: told apart from 2 of 2 others."
     assert highest in page
@@ -99,8 +100,8 @@ def test_the_page_has_the_numbers(found: dict[str, Found], tmp_path: Path) -> No
 
 def main_run(folder: Path) -> Path:
     """What the page takes from the run of the objectives."""
-    models = {entry: {"length_controlled": {"rate": 61.0}} for entry in OBJECTIVES}
-    rates = {entry: {"win_rate": 50.0} for entry in OBJECTIVES}
+    models = {entry: {"length_controlled": {"rate": 61.0, "ci95": [60.0, 62.0]}} for entry in OBJECTIVES}
+    rates = {entry: {"win_rate": 50.0, "win_rate_ci95": [45.0, 55.0]} for entry in OBJECTIVES}
     files = {
         "evaluate/win_rates.json": {"models": models},
         "tournament/tournament.json": {
