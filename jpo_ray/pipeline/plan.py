@@ -15,12 +15,13 @@ from jpo_ray.pipeline.evaluate_stage import evaluation_judge
 from jpo_ray.pipeline.item_stage import read_rows, split_sources
 from jpo_ray.planning.costs import stage_costs
 from jpo_ray.planning.counts import Counts, count_all
-from jpo_ray.planning.judging import judge_costs
+from jpo_ray.planning.judging import judge_costs, judging_stage
 from jpo_ray.planning.machine import stated_speeds, this_machine
 from jpo_ray.planning.missing import (
     disk_gib,
     free_disk,
     host_memory_gib,
+    hub_gib,
     hub_notes,
     missing_keys,
     missing_machine,
@@ -30,7 +31,7 @@ from jpo_ray.planning.plan import Plan
 from jpo_ray.planning.rounds import counts_of_a_round
 from jpo_ray.planning.shapes import ModelShapes, base_name, model_folder, model_shapes
 from jpo_ray.planning.tokenizing import PlainTokenizer, plain_tokenizer
-from jpo_ray.planning.workers import STAGES, has_gpus
+from jpo_ray.planning.workers import JUDGING, STAGES, has_gpus
 
 OF_THE_HUB = "data of"  # begins what is said of a data set that is to be downloaded
 FILE_READERS = ("json", "parquet", "csv", "text")  # of `datasets`: names that say nothing of where the files are
@@ -48,15 +49,17 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
     shapes = found if isinstance(found, ModelShapes) else None
     machine = this_machine(run_dir)
     speeds, assumed = stated_speeds(config, machine)
-    stages = stage_costs(config, counts, shapes, speeds, a_round)
+    (judge, no_sizes), (evaluate, none_either) = (judging_stage(config, name, shapes) for name in JUDGING)
+    stages = [*judge, *stage_costs(config, counts, shapes, speeds, a_round), *evaluate]
+    unknown = list(dict.fromkeys([*no_sizes, *none_either]))
     evaluation = evaluation_judge(config, config.evaluate) if config.evaluate else None
     judges: list[AnnotatorConfig] = [config.judge, *config.judge.also, *([evaluation] if evaluation else [])]
-    models = list(missing_models(config, shapes, judges))
-    needed = disk_gib(config, shapes)
+    models = missing_models(config, judges)
+    needed, downloaded, host = disk_gib(config, shapes), hub_gib(models), host_memory_gib(config, shapes)
     hub = bool(models) or any(line.startswith(OF_THE_HUB) for line in not_here)
     missing = [
-        *not_here, *models, *hub_notes(config, hub), *missing_keys(judges),
-        *missing_machine(config, machine, stages), *free_disk(machine, needed, run_dir),
+        *not_here, *(model.said for model in models), *hub_notes(config, hub), *missing_keys(judges),
+        *missing_machine(config, machine, stages, host), *free_disk(machine, needed, downloaded, run_dir),
     ]  # fmt: skip
     return Plan(
         counts=_shown(counts, a_round),
@@ -66,10 +69,11 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
         stages=stages,
         machine=machine,
         run_dir_gib=needed,
-        host_memory_gib=host_memory_gib(config, shapes),
+        hub_gib=downloaded,
+        host_memory_gib=host,
         fine_tunes=config.sft is not None,
         on_cpu=not any(has_gpus(config, stage) for stage in STAGES),
-        assumed=[*assumed, *_assumed(config, a_round or counts), *notes],
+        assumed=[*assumed, *_assumed(config, a_round or counts), *_judges_left_out(unknown), *notes],
         missing=list(dict.fromkeys(missing)),
     )
 
@@ -140,12 +144,22 @@ def _assumed(config: RunConfig, counts: Counts) -> list[str]:
         found.append(f"not known: how many comparisons the labels decide; say so with {' and '.join(lacking)}")
     if counts.tokens.instruction is None:
         found.append("not known: tokens; say so with plan.instruction_tokens and plan.response_tokens")
-    if any(entry.max_batch_tokens for entry in config.train):
-        found.append("steps: max_batch_tokens is left out of account")
+    if inexact := [entry.name for entry in config.train if not entry.counts_steps]:
+        found.append(
+            f"steps of {', '.join(inexact)} are not exact: batches are taken to be full, which max_batch_tokens, whole "
+            "lists (lipo, pro) and the phases of a curriculum leave out of account"
+        )
     if config.sample or config.rounds:
         found.append("samples: as long as the data's responses, at most sample.max_new_tokens; prompts come on top")
     found.append("the time that judging takes is not estimated")
     return found
+
+
+def _judges_left_out(unknown: Sequence[str]) -> list[str]:
+    """`unknown` are judges' models whose size nobody knows here."""
+    if not unknown:
+        return []
+    return [f"judges' memory and disk: {', '.join(unknown)} left out, of a size that is not known here"]
 
 
 def _labels_not_stated(config: RunConfig, counts: Counts) -> list[str]:

@@ -1,4 +1,4 @@
-"""What judging takes: comparisons, requests to a language model, tokens and US dollars."""
+"""What judging takes: comparisons, requests to a language model, tokens and US dollars; memory of judges' models."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,12 @@ from jpo_ray.errors import InputError
 from jpo_ray.feedback.endpoint import CHARACTERS_PER_TOKEN, TOKENS_PER_MESSAGE
 from jpo_ray.feedback.meter import Prices
 from jpo_ray.feedback.prompts import Prompts, load_prompts
-from jpo_ray.planning.costs import responses_asked
+from jpo_ray.planning.costs import StageCost, responses_asked
 from jpo_ray.planning.counts import Counts, total
 from jpo_ray.planning.lengths import Number, product, whole
+from jpo_ray.planning.memory import judge_gib, policies_gib
+from jpo_ray.planning.shapes import ModelShapes, model_shapes
+from jpo_ray.planning.workers import judge_models, reads_policies
 
 ASKED = ("openai", "vllm")  # annotators that are asked in words, in both orders
 
@@ -97,3 +100,21 @@ def _request_tokens(prompts: Prompts, protocol: str, counts: Counts) -> Number:
     template = prompts.joint if protocol == "joint" else prompts.conditional
     shown = (2 if protocol == "joint" else 1) * instruction + 2 * response
     return (len(prompts.system) + len(template) + shown) / CHARACTERS_PER_TOKEN + 2 * TOKENS_PER_MESSAGE
+
+
+def judging_stage(config: RunConfig, stage: str, shapes: ModelShapes | None) -> tuple[list[StageCost], list[str]]:
+    """The row of `judge` or `evaluate`, where it holds models on the cluster, with the memory of the largest whose size
+    is known; and the names of the judges whose size is not. `shapes` are the policy's.
+    """
+    found: list[float] = []
+    unknown: list[str] = []
+    for judge in judge_models(config, stage):
+        own = model_shapes(judge.model)
+        if isinstance(own, ModelShapes):
+            found.append(judge_gib(config, stage, judge, own))
+        else:
+            unknown.append(judge.model)
+    if reads_policies(config, stage) and shapes:
+        found.append(policies_gib(config, stage, shapes))
+    rows = [StageCost(stage, memory_gib=max(found, default=None))] if found or unknown else []
+    return rows, unknown

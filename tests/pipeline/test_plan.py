@@ -134,7 +134,7 @@ def test_every_shipped_config_has_a_plan(path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_papers_recipe_in_numbers() -> None:
-    """7.24 billion parameters to fine-tune, 4.7 million in an adapter; 9,400 + 8,500 labels give 534 steps an epoch."""
+    """7.24 billion parameters to fine-tune, 4.7 million in an adapter; 9,400 + 8,500 labels give 560 steps an epoch."""
     plan = make_plan(load_config(CONFIGS / "helpful_released.yaml", ["plan.short_items=1"]))
     assert plan.parameters == 7_241_732_096
     jpo = stage(plan, "train/jpo")

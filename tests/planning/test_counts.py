@@ -144,6 +144,21 @@ def test_requests_and_dollars_by_hand() -> None:
     assert cost.hours == pytest.approx(4000 / 100 / 60)
 
 
+def test_steps_that_are_not_exact_are_said_to_be() -> None:
+    """Of batches that need not be full: whole lists, phases of a curriculum, a limit of tokens."""
+    dpo = {"objective": "dpo", "protocols": ["conditional"]}
+    entries = [
+        dpo,
+        {"objective": "lipo", "protocols": ["conditional"]},
+        {"objective": "pro", "protocols": ["conditional"]},
+        dpo | {"name": "easy", "curriculum": {"easy": "reference"}},
+        dpo | {"name": "tokens", "max_batch_tokens": 4096},
+    ]
+    said = [line for line in make_plan(config(train=entries)).assumed if line.startswith("steps")]
+    assert [line.partition(" are not exact")[0] for line in said] == ["steps of lipo, pro, easy, tokens"]
+    assert not any(line.startswith("steps") for line in make_plan(config(train=[dpo])).assumed)
+
+
 def test_a_tournament_by_hand() -> None:
     """Three models: three couples, on 20 of the 50 instructions at two temperatures, and 30 joint comparisons each."""
     sections = {
@@ -272,7 +287,7 @@ def test_gpus_and_speeds_of_stages() -> None:
     cluster = {"num_workers": 4, "num_actors": 2, "gpus_per_worker": 1, "trainings_at_once": 2}
     settings = config(cluster=cluster, sample={"tensor_parallel_size": 2}, plan={"peak_tflops": 100, "mfu": 0.5})
     assert [gpus_of(settings, stage) for stage in ("sft", "reference", "train", "sample")] == [4, 2, 8, 4]
-    machine = Machine(0, "", None, cores=8, memory_gib=64.0, free_disk_gib=100.0)
+    machine = Machine(0, "", None, cores=8, memory_gib=64.0, free_disk_gib=100.0, free_hub_gib=100.0, one_disk=True)
     speeds, [said] = stated_speeds(settings, machine)
     assert speeds == {"pairs": 1e14, "sft": 2e14, "reference": 1e14, "train": 2e14, "sample": 2e13}
     assert "100 TFLOPS a GPU" in said
