@@ -12,6 +12,10 @@ import yaml
 from jpo_ray.cli_parser import build_parser
 from jpo_ray.config_experiment import load_experiment
 from jpo_ray.config_file import load_config, parse_config
+from jpo_ray.pipeline.plan import make_plan
+from jpo_ray.planning.plan import Plan
+from jpo_ray.planning.show import duration, number
+from jpo_ray.planning.workers import JUDGING
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -102,15 +106,48 @@ def test_what_recipes_train() -> None:
             assert config.items.max_instruction_tokens == 900, name
 
 
-def test_a_recipe_begins_with_the_plans_estimate() -> None:
-    """The table of `jpo plan`'s numbers in docs/recipes.md, in a line of each file."""
-    rows = rows_of_recipes(7)
-    assert len(rows) == 8
-    for name, (_, _, sft, jpo, stages, disk) in rows.items():
-        parts = [(stage, *cell.split(", ")) for stage, cell in (("SFT", sft), ("JPO", jpo)) if cell != "-"]
-        said = ", ".join(f"{stage} {gib} GiB a worker and {time}" for stage, gib, time in parts)
-        header = (ROOT / "configs" / f"{name.strip('`')}.yaml").read_text().partition("seed:")[0]
-        assert f"\n# By `jpo plan`, an estimate: {said}; all stages {stages}, {disk} of disk.\n" in header, name
+def estimated(plan: Plan) -> list[str]:
+    """A row of the table in docs/recipes.md, its numbers rounded to the digits that stand there."""
+    stages = {cost.name: cost for cost in plan.stages}
+    requests, dollars = (sum(getattr(cost, key) for cost in plan.judging) for key in ("requests", "cost"))
+    known = [cost.seconds for cost in plan.stages if cost.stage not in JUDGING]
+    assert plan.run_dir_gib is not None
+    return [
+        number(sum(filter(None, plan.counts.preferences.values()))),
+        f"{requests:,}, {dollars:.0f}" if requests else "-",
+        *(
+            f"{stages[name].memory_gib:.0f}, {duration(stages[name].seconds)}" if name in stages else "-"
+            for name in ("sft", "train/jpo")
+        ),
+        duration(sum(seconds for seconds in known if seconds is not None)),
+        f"{plan.run_dir_gib:.0f} GiB" if plan.run_dir_gib >= 1 else "below 1 GiB",
+        f"{plan.hub_gib:.2g} GiB",
+        f"{plan.host_memory_gib:.0f} GiB" if plan.host_memory_gib else "-",
+    ]
+
+
+@pytest.mark.parametrize("name", [name.strip("`") for name in rows_of_recipes(9)])
+def test_a_recipes_estimate_is_the_plans(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the table, and again where the file begins; on two cores where it has no GPUs, with nothing downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    path = ROOT / "configs" / f"{name}.yaml"
+    two_cores = [] if load_config(path).cluster.gpus_per_worker else ["plan.peak_tflops=0.2"]
+    row = rows_of_recipes(9)[f"`{name}`"]
+    assert row == estimated(make_plan(load_config(path, two_cores)))
+    _, _, sft, jpo, stages, disk, models, host = row
+    parts = [(stage, *cell.split(", ")) for stage, cell in (("SFT", sft), ("JPO", jpo)) if cell != "-"]
+    said = ", ".join(f"{stage} {gib} GiB a worker and {time}" for stage, gib, time in parts)
+    header = path.read_text().partition("seed:")[0]
+    assert f"\n# By `jpo plan`, an estimate: {said}; all stages {stages}.\n" in header
+    memory = "" if host == "-" else f"; host memory: {host}"
+    assert f"\n# Disk: {disk}, and {models} of models from the Hub{memory}.\n" in header
+
+
+def test_every_recipe_with_an_estimate_is_in_the_table() -> None:
+    named = [path.stem for path in (ROOT / "configs").glob("*.yaml") if "By `jpo plan`" in path.read_text()]
+    assert sorted(f"`{name}`" for name in named) == sorted(rows_of_recipes(9))
+    assert len(named) == 8
 
 
 def test_variables_of_the_environment_are_listed() -> None:
