@@ -8,7 +8,8 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jpo_ray.evaluation.histories import Curve
+from jpo_ray.evaluation.looks import COLORS, MARKERS, ROLES, SERIES_HEX, Look, color_of, line_look, rate_look, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 POINTS_PER_INCH = 72  # matplotlib's SVG unit is a point, so sizes below are the SVG's own
 WIDTH = 400  # narrow, so that text stays legible when a phone shows the chart at its full width
-COLORS = 8  # of `--series-N` in the page: 0 is the SFT model's grey, the others are for trained models
-ROLES = {"ink": "#010101", "muted": "#010102", "line": "#010103", "surface": "#010104", "data": "#010105"}
-SERIES_HEX = "#0202{:02x}"
 SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -43,7 +43,6 @@ SETTINGS = {
     "text.color": ROLES["ink"],
 }
 LEAST_LABELLED = 7.0  # percent of a bar that have room for their number
-MARKERS = ("o", "s", "^", "v", "P", "X")  # of temperatures, in order
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,8 @@ class Line:
 
     curve: Curve
     series: int
-    dashed: bool = False
+    style: int = 0  # of `STYLES`
     validation: bool = False  # drawn strong and with markers, training values faint
-
-
-def series_of(models: Sequence[str]) -> dict[str, int]:
-    """Colour of each model, the same on every chart: 0 for `sft`, else 1, 2, .. in order, over again when used up."""
-    trained = [model for model in models if model != "sft"]
-    return {"sft": 0} | {model: index % (COLORS - 1) + 1 for index, model in enumerate(trained)}
 
 
 def line_chart(name: str, label: str, lines: Sequence[Line], *, unit: str = "") -> str:
@@ -69,16 +62,10 @@ def line_chart(name: str, label: str, lines: Sequence[Line], *, unit: str = "") 
         from matplotlib.ticker import MaxNLocator
 
         for line in lines:
-            axes.plot(
-                line.curve.steps,
-                line.curve.values,
-                color=SERIES_HEX.format(line.series),
-                linestyle=(0, (4, 2)) if line.dashed else "-",
-                linewidth=1.8 if line.validation else 1.2,
-                marker="o" if line.validation or len(line.curve.steps) == 1 else "",
-                markersize=4,
-                alpha=1.0 if line.validation else 0.55,
-            )
+            look = line_look(SERIES_HEX.format(color_of(line.series)), line.style, validation=line.validation)
+            if len(line.curve.steps) == 1:
+                look["marker"] = "o"
+            axes.plot(line.curve.steps, line.curve.values, **look)
         axes.grid(axis="y")
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
@@ -112,10 +99,11 @@ def win_rate_chart(name: str, label: str, models: Mapping[str, Any], series: Map
 
     def draw(axes: "Axes") -> None:
         for row, (model, entry) in enumerate(models.items()):
+            color = SERIES_HEX.format(color_of(series.get(model, 0)))
             for position, key in enumerate(keys):
                 y = row + step * (position - (len(keys) - 1) / 2)
-                _draw_rate(axes, entry, key, y, SERIES_HEX.format(series.get(model, 0)), MARKERS[position % 6])
-        axes.set_yticks(range(len(models)), [_shortened(model) for model in models], color=ROLES["ink"])
+                _draw_rate(axes, entry, key, y, rate_look(color, key, position))
+        axes.set_yticks(range(len(models)), [shortened(model) for model in models], color=ROLES["ink"])
         axes.set_ylim(len(models) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.axvline(50, color=ROLES["muted"], linewidth=1, linestyle=(0, (2, 2)))
@@ -177,7 +165,7 @@ def rate_rows(
                 )  # fmt: skip
         if others:
             axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
-        axes.set_yticks(range(len(rows)), [_shortened(key, 30) for key in rows], color=ROLES["ink"])
+        axes.set_yticks(range(len(rows)), [shortened(key, 30) for key in rows], color=ROLES["ink"])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
@@ -201,7 +189,7 @@ def stacked_bars(name: str, label: str, bars: Mapping[str, Mapping[str, float | 
                 if width >= LEAST_LABELLED:
                     axes.text(left + width / 2, row, f"{width:.0f}", ha="center", va="center", color=ROLES["surface"])
                 left += width
-        axes.set_yticks(range(len(bars)), [_shortened(key, 24) for key in bars], color=ROLES["ink"])
+        axes.set_yticks(range(len(bars)), [shortened(key, 24) for key in bars], color=ROLES["ink"])
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.set_xlim(0, 100)
         axes.tick_params(axis="y", length=0)
@@ -218,40 +206,40 @@ def temperatures_of(models: Mapping[str, Any]) -> list[str]:
     return sorted(keys, key=float)
 
 
-def _draw_rate(axes: "Axes", entry: Mapping[str, Any], key: str, y: float, color: str, marker: str) -> None:
+def _draw_rate(axes: "Axes", entry: Mapping[str, Any], key: str, y: float, look: Look) -> None:
     rate = entry["win_rate"].get(key)
     if rate is None:
         return
     low, high = entry["ci95"] if key == "mean" else entry.get("ci95_by_temperature", {}).get(key, [None, None])
     if low is not None and high is not None:
-        axes.hlines(y, low, high, color=color, linewidth=2.6 if key == "mean" else 1.3)
-    size = 8.0 if key == "mean" else 5.5
-    face = color if key == "mean" else ROLES["surface"]
-    axes.plot([rate], [y], marker="D" if key == "mean" else marker, color=color, markersize=size, markerfacecolor=face)
-
-
-def _shortened(text: str, limit: int = 18) -> str:
-    """Cut in the middle: names of a series of models differ at their ends."""
-    return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"
+        axes.hlines(y, low, high, color=look["color"], linewidth=2.6 if key == "mean" else 1.3)
+    axes.plot([rate], [y], **look)
 
 
 def _svg(name: str, label: str, draw: Any, height: float) -> str:
+    with blank(name, height) as figure:
+        figure.set_layout_engine("constrained")
+        draw(figure.add_subplot())
+        return inlined(figure, name, label)
+
+
+@contextmanager
+def blank(name: str, height: float) -> Iterator["Figure"]:
+    """A figure as wide as all of them, under `SETTINGS`."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}), warnings.catch_warnings():
         # A name in a script that matplotlib's own font lacks is drawn by the browser all the same.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        size = (WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH)
-        figure: Figure = Figure(figsize=size, dpi=POINTS_PER_INCH, layout="constrained")
-        draw(figure.add_subplot())
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True)
-    return _inlined(buffer.getvalue(), name, label)
+        yield Figure(figsize=(WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH), dpi=POINTS_PER_INCH)
 
 
-def _inlined(svg: str, name: str, label: str) -> str:
+def inlined(figure: "Figure", name: str, label: str) -> str:
     """The SVG element alone, themed, with ids that no other chart of the page has."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'\bid="', f'id="{name}-', body)
@@ -265,12 +253,17 @@ def _inlined(svg: str, name: str, label: str) -> str:
     return opening + 'xmlns:xlink="http://www.w3.org/1999/xlink">' + body[body.index(">") + 1 :]
 
 
-def standalone(svg: str, colors: Mapping[str, str]) -> str:
-    """A chart of the page as a file of its own, on a white ground, in `colors` by the names of CSS variables."""
-    box = re.search(r'viewBox="([^"]*)"', svg)
-    size = box.group(1).split() if box else ["0", "0", "400", "300"]
-    body = re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: colors[found.group(1)], svg)
-    ground = f'<rect width="{size[2]}" height="{size[3]}" fill="{colors["card"]}"/>'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[2]}" height="{size[3]}" '
-    start = body.index(">") + 1
-    return opening + body[len("<svg ") : start] + ground + body[start:]
+def standalone(svg: str, colors: Mapping[str, str], above: str = "") -> str:
+    """A chart of the page as a file of its own, on a white ground, in `colors` by the names of CSS variables; `above`
+    it another such drawing.
+    """
+    parts = [part for part in (above, svg) if part]
+    width, height, placed = 0.0, 0.0, []
+    for part in parts:
+        box = [float(number) for number in part.split('viewBox="', 1)[1].split('"', 1)[0].split()]
+        placed.append(part.replace("<svg ", f'<svg y="{height:g}" width="{box[2]:g}" height="{box[3]:g}" ', 1))
+        width, height = max(width, box[2]), height + box[3]
+    ground = f'<rect width="{width:g}" height="{height:g}" fill="{colors["card"]}"/>'
+    body = re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: colors[found.group(1)], "".join(placed))
+    size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{ground}{body}</svg>'

@@ -17,7 +17,9 @@ import yaml
 from jpo_ray.artifacts import Manifest
 from jpo_ray.config import RunConfig
 from jpo_ray.evaluation import panels, sample_cards
-from jpo_ray.evaluation.charts import series_of, standalone, temperatures_of
+from jpo_ray.evaluation.captions import caption
+from jpo_ray.evaluation.charts import standalone, temperatures_of
+from jpo_ray.evaluation.looks import color_of, series_of, style_of
 from jpo_ray.evaluation.pages import NONE, duration_text, light_colors, render, write_page
 from jpo_ray.evaluation.report_markdown import markdown
 from jpo_ray.evaluation.report_summary import models_of, summary_of
@@ -80,7 +82,8 @@ def _write_figures(out: Path, shown: Sequence[panels.Panel]) -> None:
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     for panel in shown:
-        write_page(folder / f"{panel.name}.svg", standalone(panel.svg, light_colors()))
+        above = caption(f"{panel.name}-caption", f"{panel.title}: {panel.note}".removesuffix(": "), panel.keys)
+        write_page(folder / f"{panel.name}.svg", standalone(panel.svg, light_colors(), above))
 
 
 def _context(
@@ -92,12 +95,14 @@ def _context(
 ) -> dict[str, Any]:
     """All the page shows but its charts."""
     models = models_of(config, summary["models"], samples)
+    series = series_of(models)
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "nonce": secrets.token_urlsafe(16),  # only the page's own script may run
         "config": config,
         "summary": summary,
-        "series": series_of(models),
+        "series": {name: color_of(number) for name, number in series.items()},
+        "styles": {name: style_of(number) for name, number in series.items()},
         "tiles": _tiles(summary),
         "controlled": {
             name: entry["length_controlled"]

@@ -1,5 +1,6 @@
 """The report in a real browser."""
 
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,26 @@ def test_no_error_no_request_no_overflow(browser: "Browser", report: Path, width
     page, problems = opened(browser, report, width, color_scheme=scheme)
     assert problems == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+def test_text_of_figure_files_neither_overlaps_nor_is_cut(browser: "Browser", report: Path) -> None:
+    page = browser.new_page()
+    boxes_of_text = """() => [...document.querySelectorAll("text")].map(element => {
+        const {left, top, right, bottom} = element.getBoundingClientRect();
+        return [element.textContent, left, top, right, bottom];
+    })"""
+    for path in sorted((report.parent / "figures").iterdir()):
+        page.goto(path.as_uri())
+        width, height = page.evaluate("['width', 'height'].map(name => +document.documentElement.getAttribute(name))")
+        boxes = page.evaluate(boxes_of_text)
+        assert len(boxes) > 5, path
+        for text, left, top, right, bottom in boxes:
+            assert 0 <= left < right <= width, (path.name, text)
+            assert 0 <= top < bottom <= height + 1, (path.name, text)
+        for (text, left, top, right, bottom), (other, *box) in combinations(boxes, 2):
+            apart = right <= box[0] or box[2] <= left or bottom <= box[1] + 2 or box[3] <= top + 2
+            assert apart, (path.name, text, other)
     page.close()
 
 
