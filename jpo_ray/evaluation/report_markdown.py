@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from jpo_ray.evaluation.charts import temperatures_of
-from jpo_ray.evaluation.pages import duration_text, interval, number_text, percent
+from jpo_ray.evaluation.pages import NONE, duration_text, interval, number_text, percent
 from jpo_ray.evaluation.panels import Panel
 from jpo_ray.feedback.analysis import SHOWN
 
@@ -22,7 +22,7 @@ def markdown(summary: Mapping[str, Any], shown: Sequence[Panel]) -> str:
             *_raised(summary["raised"]),
         ],
         "What training did to the policies": [*_policies(summary["policies"]), *_remarks(counts, "policies")],
-        "Models against each other": [*_tournament(summary["tournament"]), *_remarks(counts, "tournament")],
+        "Models against each other": [*_tournament(summary["tournament"], counts), *_remarks(counts, "tournament")],
         "Training": _trainings(summary["trainings"]),
         "From data to training": [*_funnel(counts["funnel"]), *_remarks(counts, "judge")],
         "Judges": _judges(summary["judges"]),
@@ -106,22 +106,26 @@ def _policies(policies: Mapping[str, Any] | None) -> list[str]:
     return [table(heads, rows)]
 
 
-def _tournament(found: Mapping[str, Any] | None) -> list[str]:
+def _tournament(found: Mapping[str, Any] | None, counts: Mapping[str, Any]) -> list[str]:
     if found is None:
         return []
     names = found["matrix"]["models"]
-    rows = zip(names, found["matrix"]["win_rate"], found["matrix"]["ci95"], strict=True)
-    matrix = ([name, *map(_with_interval, rates, intervals)] for name, rates, intervals in rows)
+    further = counts["tournament"].get("further samples not played", 0)
+    one_each = f"One sample of each model, temperature and instruction plays; {further:,} further ones do not."
+    rows = zip(names, *(found["matrix"][key] for key in ("win_rate", "ci95", "n", "invalid")), strict=True)
+    matrix = ([name, *map(_cell, *cells)] for name, *cells in rows)
     ranks = [
         [name, number_text(of["win_rate"]), interval(of["win_rate_ci95"])]
         + [number_text(found["ranking"][kind]["models"][name]["win_rate"]) for kind in ("joint", "conditional")]
+        + [of["n"], of["invalid"]]
         for name, of in found["ranking"]["both"]["models"].items()
     ]
     return [
-        "Win rate of the row against the column on equal instructions, percent:",
+        "Win rate of the row against the column on equal instructions, percent; n are valid verdicts:",
         table(["", *names], matrix),
         "Bradley-Terry ranking: the chance to beat another model, each on a random instruction.",
-        table(["model", "wins, percent", "95 %", "joint alone", "equal instructions alone"], ranks),
+        table(["model", "wins, percent", "95 %", "joint alone", "equal instructions alone", "n", "invalid"], ranks),
+        one_each if further else "",
         _agreement(found["agreement"].get("both")),
         found["ranking"]["both"].get("reason") or "",
     ]
@@ -134,8 +138,12 @@ def _agreement(found: Mapping[str, Any] | None) -> str:
     return f"With the order by win rate against gold: Kendall's tau {tau}; the same order in {share} % of resamples."
 
 
-def _with_interval(rate: float | None, ends: list[float | None] | None) -> str:
-    return number_text(rate) if rate is None else f"{rate:.1f} ({interval(ends)})"
+def _cell(rate: float | None, ends: list[float | None] | None, n: int | None, invalid: int | None) -> str:
+    """Of the matrix; its diagonal has nothing."""
+    if n is None:
+        return NONE
+    counts = f"n {n:,}" + (f", invalid {invalid:,}" if invalid else "")
+    return f"{NONE}, {counts}" if rate is None else f"{rate:.1f} ({interval(ends)}), {counts}"
 
 
 def _trainings(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -235,7 +235,8 @@ def _tournament(context: Context, config: EvaluateConfig, judge: AnnotatorConfig
         "agreement": agreement_with_win_rates(table, against_gold, resamples, seed),
     }
     write_json(out / "tournament.json", result)
-    return {"comparisons": len(rows)} | _invalid(rows, warning)
+    further = samples.num_rows - one_each.num_rows
+    return {"comparisons": len(rows), "further samples not played": further} | _invalid(rows, warning)
 
 
 def _is_first(samples: pa.Table) -> list[bool]:

@@ -147,18 +147,23 @@ def test_the_summary_and_the_markdown_say_what_the_page_says(run: RunDir) -> Non
 def test_warnings_and_reasons_are_in_the_markdown_too(run: RunDir) -> None:
     """Of artifacts that judge; raised temperatures; the ranking beside the win rates; what is absent."""
     synthetic.put_everything(run, tests=3)
+    ranked = {"win_rate": 50.0, "win_rate_ci95": [40.0, 60.0], "n": 3333, "invalid": 44}
     found = {
-        "matrix": {"models": ["sft", "jpo"], "win_rate": [[None, 40.0], [60.0, None]], "ci95": [[None] * 2] * 2},
+        "matrix": {
+            "models": ["sft", "jpo"],
+            "win_rate": [[None, 40.0], [60.0, None]],
+            "ci95": [[None, [30.0, 50.0]], [[50.0, 70.0], None]],
+            "n": [[None, 1234], [1234, None]],
+            "invalid": [[None, 21], [21, None]],
+        },
         "ranking": {
-            kind: {
-                "reason": "dpo is not ranked" if kind == "both" else "",
-                "models": {name: {"win_rate": 50.0, "win_rate_ci95": [40.0, 60.0]} for name in ("sft", "jpo")},
-            }
+            kind: {"reason": "dpo is not ranked" if kind == "both" else "", "models": {"sft": ranked, "jpo": ranked}}
             for kind in ("both", "joint", "conditional")
         },
         "agreement": {"both": {"models": 3, "kendall_tau": 0.33, "pearson": 0.4, "same_order_share": 0.625}},
     }
     counts = {"warning": "half of it is invalid", "invalid because": "no answer (7)"}
+    counts |= {"further samples not played": 1500}
     synthetic.put(run, "tournament", {}, json={"tournament.json": found}, counts=counts)
     config = synthetic.make_config(evaluate={"tournament": {}, "policies": True})
     summary, html = report(run, config)
@@ -168,9 +173,13 @@ def test_warnings_and_reasons_are_in_the_markdown_too(run: RunDir) -> None:
     for said in (
         "half of it is invalid", "Invalid: no answer (7)", "Temperature 0.001 ran as 0.01 (vllm).", "dpo is not ranked",
         "Kendall's tau +0.33; the same order in 62.5 % of resamples", "no scores under the models yet",
+        "n 1,234, invalid 21", "plays; 1,500 further ones do not.",
     ):  # fmt: skip
         assert said in text, said
         assert said in Page(html).text, said
+    assert "| sft | 50.0 | 40.0 to 60.0 | 50.0 | 50.0 | 3333 | 44 |" in text
+    assert "| jpo | 60.0 (50.0 to 70.0), n 1,234, invalid 21 | – |" in text
+    assert "<td>3,333</td><td>44</td>" in html
     shutil.rmtree(run.path("tournament"))
     missing = report(run, config)[0]["missing"]
     assert missing["tournament"] == "models not compared with each other yet: run `jpo evaluate`"
