@@ -13,10 +13,11 @@ from jpo_ray.artifacts import Manifest
 from jpo_ray.cache import cache_folder
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json, write_json
-from jpo_ray.pipeline.model_card import Exported, model_card
+from jpo_ray.pipeline.model_card import Exported, is_on_hub, model_card
 from jpo_ray.runs import RunDir
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base_model.json")
+ADAPTER_CONFIG, BASE_RECORD = "adapter_config.json", "base_model.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", BASE_RECORD)
 MODEL_PATTERNS = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json")
 SFT = "sft"
 
@@ -31,7 +32,7 @@ def export_model(
     """
     run = RunDir(run_dir)
     manifest, folder = _model_of(run, name)
-    is_adapter = (folder / ADAPTER_FILES[0]).exists()
+    is_adapter = (folder / ADAPTER_CONFIG).exists()
     if adapter and not is_adapter:
         raise InputError(f"--adapter: `{name}` is a whole model, not an adapter; leave the flag out")
     if base and not adapter:
@@ -42,9 +43,9 @@ def export_model(
             _copy(folder, staged, MODEL_PATTERNS)
             _save_tokenizer(folder, staged)
         elif adapter:
-            facts = _copy_adapter(run, folder, staged, base)
+            facts = _copy_adapter(run, manifest, folder, staged, base)
         else:
-            facts = _merge(run, folder, staged, str(manifest.config["model"]["dtype"]))
+            facts = _merge(run, manifest, folder, staged)
         if not adapter:
             _end_at_eos(staged)
         kind = "adapter" if adapter else "model"
@@ -119,32 +120,55 @@ def _aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _merge(run: RunDir, folder: Path, staged: Path, dtype: str) -> dict[str, Any]:
+def _merge(run: RunDir, manifest: Manifest, folder: Path, staged: Path) -> dict[str, Any]:
     from jpo_ray.engine.merging import merge_adapter
 
-    return merge_adapter(folder, _base_of(run, folder), staged, dtype)
+    return merge_adapter(folder, _base_of(run, manifest, folder), staged, str(manifest.config["model"]["dtype"]))
 
 
-def _base_of(run: RunDir, folder: Path) -> Path:
-    """The run's own SFT model, wherever the run has been moved to; else the base that the adapter names."""
+def _base_of(run: RunDir, manifest: Manifest, folder: Path) -> Path:
+    """The run's own SFT model, wherever the run has been moved to; else the base that the adapter names, or where that
+    folder is another machine's, the one on the Hub that the run began with.
+    """
     from jpo_ray.engine.adapters import base_of, check_base
+    from jpo_ray.engine.model import resolve_model
 
-    own = next((run.path(name) for name in (SFT, "base") if run.manifest(name) is not None), None)
-    if own is None:
+    own, on_hub = _own_base(run), _on_hub(run, manifest)
+    if own is not None:
+        base = own
+    elif on_hub is not None and not Path(_named_base(folder)).is_dir():
+        base = resolve_model(on_hub, "--model")
+    else:
         return base_of(folder, "--model", cache_folder())
-    check_base(folder, own, "--model", cache_folder())
-    return own
+    check_base(folder, base, "--model", cache_folder())
+    return base
 
 
-def _copy_adapter(run: RunDir, folder: Path, staged: Path, base: str | None) -> dict[str, Any]:
+def _own_base(run: RunDir) -> Path | None:
+    return next((run.path(name) for name in (SFT, "base") if run.manifest(name) is not None), None)
+
+
+def _on_hub(run: RunDir, manifest: Manifest) -> str | None:
+    """What the Hub calls the base of a run without a fine-tuning of its own; peft calls it by where it was loaded."""
+    name = str(manifest.counts.get("base_model") or "")
+    return name if _own_base(run) is None and is_on_hub(run, name) else None
+
+
+def _named_base(folder: Path) -> str:
+    return str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+
+
+def _copy_adapter(run: RunDir, manifest: Manifest, folder: Path, staged: Path, base: str | None) -> dict[str, Any]:
     from jpo_ray.engine.merging import trained_on_4bit
 
-    own = _base_of(run, folder)
+    own = _base_of(run, manifest, folder)
     _copy(folder, staged, ADAPTER_FILES)
     _save_tokenizer(folder, staged)
-    config = read_json(folder / ADAPTER_FILES[0])
-    name = base or str(config.get("base_model_name_or_path") or own)
-    write_json(staged / ADAPTER_FILES[0], config | {"base_model_name_or_path": name})
+    base = base or _on_hub(run, manifest)
+    name = base or _named_base(folder) or str(own)
+    for file, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), (BASE_RECORD, "model")):
+        if (folder / file).exists():
+            write_json(staged / file, read_json(folder / file) | {key: name})
     facts: dict[str, Any] = {"base": name}
     if base is None:
         facts["note"] = f"its base is {name}; publish that too and give its name with --base, for use elsewhere"

@@ -112,10 +112,10 @@ def test_an_adapter_stays_one_and_names_its_base(finished: Finished, tmp_path: P
     adapter = load_adapter(finished.run_dir / "train" / "jpo", finished.run_dir / "sft", dtype="float32")
     assert torch.equal(scores_of(loaded.eval(), tokens), scores_of(adapter, tokens))
     named = tmp_path / "named"
-    assert export(finished.run_dir, "jpo", named, "--adapter", "--base", "me/my-sft") == 0
-    assert read_json(named / "adapter_config.json")["base_model_name_or_path"] == "me/my-sft"
+    assert export(finished.run_dir, "jpo", named, "--adapter", "--base", "somebody/my-sft") == 0
+    assert read_json(named / "adapter_config.json")["base_model_name_or_path"] == "somebody/my-sft"
     front = yaml.safe_load((named / "README.md").read_text().split("---\n")[1])
-    assert front["base_model"] == "me/my-sft"
+    assert front["base_model"] == "somebody/my-sft"
     assert front["library_name"] == "peft"
 
 
@@ -124,6 +124,20 @@ def test_the_sft_model_is_exported_as_it_is(finished: Finished, tmp_path: Path) 
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "sft", finished.run_dir / "sft"))
     assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
     assert "supervised fine-tuning, the reference" in (tmp_path / "sft" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("ends", "expected"), [([7, 9], [7, 9, 2]), ([7, 2], [7, 2]), (7, [7, 2]), (2, 2), (None, 2)])
+def test_generation_ends_where_training_closed_responses(
+    run_dir: Path, tmp_path: Path, ends: Any, expected: Any
+) -> None:
+    """Beside whatever ends the base model's answers, which may be several tokens."""
+    path = run_dir / "sft" / "generation_config.json"
+    config = {key: value for key, value in read_json(path).items() if key != "eos_token_id"}
+    write_json(path, config if ends is None else config | {"eos_token_id": ends})
+    assert load_tokenizer(run_dir / "sft").eos_token_id == 2
+    assert export(run_dir, "sft", tmp_path / "out") == 0
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert found.eos_token_id == expected
 
 
 def test_of_a_4_bit_training_the_unquantised_weights_are_merged_and_it_is_said(
