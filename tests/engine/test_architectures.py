@@ -131,6 +131,35 @@ def test_lora_is_on_experts_where_they_are_named(tmp_path: Path) -> None:
     assert (all_plain(tmp_path / "merged", world.tokens)[:12] - scores).abs().max() < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings|.*save_embedding_layers")  # peft's, of updates of tied layers
+@pytest.mark.parametrize(
+    ("name", "targets", "tied"),
+    [
+        ("gpt2", "all-linear", True),
+        ("qwen2-tied", "all-linear", True),
+        ("gemma", "all-linear", True),
+        ("qwen2-tied", ["q_proj", "lm_head"], False),
+        ("gemma", ["embed_tokens"], False),
+    ],
+)
+def test_a_merged_model_scores_as_its_adapter(name: str, targets: Any, tied: bool, tmp_path: Path) -> None:
+    """GPT-2's transposed weights get transposed updates. A head that is the embedding stays it, but where one of the
+    two has an update, which is none of the other's. The base's scores are others.
+    """
+    world = make_world(make(name, tmp_path / "base"))
+    scorer = policy_scorer(world.model, config(lora_dropout=0.0, lora_target_modules=targets))
+    scorer.model.save_pretrained(tmp_path / "adapter")
+    check_base(tmp_path / "adapter", world.model, "here")
+    merge_adapter(tmp_path / "adapter", world.model, tmp_path / "merged", "float32")
+    scorer.model.eval()
+    expected = score_all(scorer, world.tokens, np.arange(12), max_tokens=300)
+    merged, base = (all_plain(folder, world.tokens)[:12] for folder in (tmp_path / "merged", world.model))
+    assert (merged - expected).abs().max() < 1e-3
+    assert (base - expected).abs().max() > 0.1
+    model = plain_model(tmp_path / "merged")
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
 def plain_gradients(world: World, train: TrainConfig) -> tuple[float, torch.Tensor]:
     """JPO's loss written out over transformers' own logits, item by item, and autograd's gradients of it."""
     policy = plain_model(world.model)
