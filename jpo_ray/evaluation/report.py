@@ -24,7 +24,7 @@ from jpo_ray.evaluation.pages import NONE, duration_text, light_colors, render, 
 from jpo_ray.evaluation.report_markdown import markdown
 from jpo_ray.evaluation.report_summary import models_of, summary_of
 from jpo_ray.evaluation.run_facts import standing_manifests, trainer_state
-from jpo_ray.evaluation.win_rates import BASELINE, interval_text
+from jpo_ray.evaluation.win_rates import BASELINE, interval_text, of_length_control
 from jpo_ray.feedback.analysis import SHOWN
 from jpo_ray.files import write_json
 from jpo_ray.runs import RunDir
@@ -109,6 +109,7 @@ def _context(
             for name, entry in summary["models"].items()
             if "length_controlled" in entry
         },
+        "controlled_notes": of_length_control(summary["models"], "note"),
         "temperatures": temperatures_of(summary["models"]),
         "shown_cells": SHOWN,
         "seconds": _seconds(standing),

@@ -62,8 +62,8 @@ def _win_rates(models: Mapping[str, Any]) -> list[str]:
         )
         if "length_controlled" in entry:
             of = entry["length_controlled"]
-            why = of["reason"] if of["rate"] is None else ""
-            controlled.append([name, number_text(of["rate"]), interval(of.get("ci95")), why])
+            said = of["reason"] or of.get("note", "")
+            controlled.append([name, number_text(of["rate"]), interval(of.get("ci95")), said])
     verdicts = ["n", "wins", "ties", "losses", "invalid", "empty"]
     return [
         "Percent against gold, (wins + ties / 2) / valid; intervals resample instructions." if models else "",

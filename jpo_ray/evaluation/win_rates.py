@@ -236,13 +236,28 @@ def win_rate_table(result: Mapping[str, Any]) -> Table:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What must be known beside the rates: samples without text, and models that have few valid verdicts."""
+    """What must be known beside the rates: samples without text, models that have few valid verdicts, and why there is
+    no length-controlled rate, or what it had to leave out.
+    """
     models = result["models"]
     empty = [f"{name} {entry['empty']:,}" for name, entry in models.items() if entry.get("empty")]
     found = [f"empty responses, judged as they are: {', '.join(empty)}"] if empty else []
     few = [name for name, entry in models.items() if entry["invalid"] > entry["n"]]
     judged = [f"{name} {models[name]['invalid']:,} of {models[name]['invalid'] + models[name]['n']:,}" for name in few]
-    return found + ([f"most verdicts are invalid, and not in n: {', '.join(judged)}"] if judged else [])
+    if judged:
+        found.append(f"most verdicts are invalid, and not in n: {', '.join(judged)}")
+    for key, what in (("reason", "not length-controlled"), ("note", "length-controlled")):
+        found += [f"{what}: {', '.join(names)} ({said})" for said, names in of_length_control(models, key).items()]
+    return found
+
+
+def of_length_control(models: Mapping[str, Any], key: str) -> dict[str, list[str]]:
+    """The models by what their length-controlled rates have as `reason` or `note`."""
+    grouped: dict[str, list[str]] = {}
+    for name, entry in models.items():
+        if said := (entry.get("length_controlled") or {}).get(key):
+            grouped.setdefault(said, []).append(name)
+    return grouped
 
 
 def _controlled(entry: Mapping[str, Any]) -> float | None:

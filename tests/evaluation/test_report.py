@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from jpo_ray import records
 from jpo_ray.config import RunConfig
 from jpo_ray.evaluation import sample_cards
+from jpo_ray.evaluation.length_control import LengthControlled
 from jpo_ray.evaluation.pages import duration_text
 from jpo_ray.evaluation.report import make_report
 from jpo_ray.evaluation.run_facts import funnel, standing_manifests
@@ -326,6 +328,28 @@ def test_model_without_a_valid_verdict(run: RunDir) -> None:
     summary, html = report(run, synthetic.make_config())
     assert summary["models"]["sft"]["win_rate"] == {"0.5": None, "mean": None}
     assert "no valid verdict" in Page(html).text
+
+
+def test_why_rates_are_not_length_controlled_is_on_the_pages(run: RunDir) -> None:
+    """Of the models with a rate what it leaves out, of the others why they have none."""
+    samples = synthetic.put_samples(run, ["sft", "jpo"], 0, 3)
+    synthetic.put_evaluation(run, samples)
+    path = run.path("evaluate") / "win_rates.json"
+    rates = json.loads(path.read_text())
+    few, note = (
+        "3 instructions with a valid judgment, needs 50",
+        "no difficulty term: it takes judgments of other models",
+    )
+    fitted = LengthControlled(rate=41.5, ci95=[30.0, 50.0], raw_rate=40.0, length_effect=0.1, note=note)
+    for name, controlled in (("sft", LengthControlled(reason=few)), ("jpo", fitted)):
+        rates["models"][name]["length_controlled"] = asdict(controlled)
+    path.write_text(json.dumps(rates))
+    _, html = report(run, synthetic.make_config())
+    assert few in Page(html).text
+    assert f"jpo: {note}." in Page(html).text
+    text = (run.root.parent / "report" / "report.md").read_text()
+    assert f"| sft | – | – | {few} |" in text
+    assert f"| jpo | 41.5 | 30.0 to 50.0 | {note} |" in text
 
 
 def test_seeds_are_shown_where_they_tell_samples_apart(run: RunDir) -> None:

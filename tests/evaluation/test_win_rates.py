@@ -212,7 +212,29 @@ def test_empty_samples_lose_by_verdict_and_are_one_of_n() -> None:
     found = controlled_win_rates(judgments, samples, golds_of(1, 2, 3), 10, 0)
     entry = found["models"]["jpo"]
     assert {key: entry[key] for key in ("n", "wins", "losses", "empty")} == {"n": 3, "wins": 1, "losses": 2, "empty": 2}
-    assert notes(found) == ["empty responses, judged as they are: jpo 2"]
+    assert notes(found) == [
+        "empty responses, judged as they are: jpo 2",
+        "not length-controlled: jpo (3 instructions with a valid judgment, needs 50)",
+    ]
+
+
+def test_why_rates_are_not_length_controlled_is_said_once_for_all_models_of_a_reason() -> None:
+    few = {"reason": "40 instructions with a valid judgment, needs 50", "note": ""}
+    fitted = {"rate": 41.5, "reason": "", "note": "no difficulty term: it takes judgments of other models"}
+    judgments = pa.concat_tables([one_temperature("ab", model=name) for name in ("sft", "dpo", "[jpo]", "kto")])
+    found = win_rates(judgments, 10, 0)
+    assert notes(found) == []  # of a version that had no length control
+    for name, controlled in (("sft", few), ("dpo", {"reason": "no valid judgment"}), ("[jpo]", few), ("kto", fitted)):
+        found["models"][name]["length_controlled"] = {"rate": None, **controlled}
+    assert notes(found) == [
+        "not length-controlled: sft, [jpo] (40 instructions with a valid judgment, needs 50)",
+        "not length-controlled: dpo (no valid judgment)",
+        "length-controlled: kto (no difficulty term: it takes judgments of other models)",
+    ]
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(win_rate_table(found))
+    said = " ".join(shown.getvalue().split())
+    assert all(note in said for note in notes(found))
 
 
 def test_models_with_few_valid_verdicts_are_named_beneath_the_table() -> None:
