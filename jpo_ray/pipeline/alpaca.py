@@ -10,6 +10,7 @@ from rich.console import Console
 from jpo_ray import records
 from jpo_ray.evaluation.alpaca_eval import generator_name, read_annotations, write_outputs
 from jpo_ray.evaluation.length_control import controlled_win_rates
+from jpo_ray.evaluation.soft_win_rates import soft_win_rate_table, soft_win_rates
 from jpo_ray.evaluation.win_rates import win_rate_table
 from jpo_ray.feedback.tally import require_verdicts
 from jpo_ray.files import output_folder, write_json
@@ -35,17 +36,21 @@ def export_outputs(run_dir: Path | str, out: Path, console: Console) -> None:
 
 
 def import_annotations(run_dir: Path | str, annotations: Sequence[Path], out: Path, console: Console) -> None:
-    """Win rates, plain and length-controlled, from files of AlpacaEval's annotations of such samples."""
+    """Win rates from files of AlpacaEval's annotations of such samples: of whole verdicts, plain and length-controlled,
+    and AlpacaEval's own, of preferences.
+    """
     samples, golds = _sampled(run_dir)
     rows = read_annotations(annotations, samples, golds)
     warning = require_verdicts(rows)
     table = pa.Table.from_pylist(rows, records.SAMPLE_JUDGMENTS)
     judged = _samples_of(table, samples)
     found = controlled_win_rates(table, judged, golds, BOOTSTRAP_SAMPLES, seed=0)
+    for model, soft in soft_win_rates(table, BOOTSTRAP_SAMPLES, seed=0).items():
+        found["models"][model]["soft"] = soft
     with output_folder(out):
         records.write_table(out / "judgments.parquet", table, records.SAMPLE_JUDGMENTS)
         write_json(out / "win_rates.json", found)
-    console.print(win_rate_table(found))
+    console.print(win_rate_table(found), soft_win_rate_table(found))
     for note in [*_left_out(samples, judged), *(["warning: " + warning] if warning else [])]:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{out}: win_rates.json, judgments.parquet", highlight=False, soft_wrap=True)

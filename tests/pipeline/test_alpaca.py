@@ -40,6 +40,40 @@ def test_samples_go_out_and_win_rates_come_back(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_soft_preferences_give_alpaca_evals_own_win_rate_beside_the_discrete_one(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Preferences 1.49, 1.49, 1.6, 2, 1 and none: mean (0.49 + 0.49 + 0.6 + 1 + 0) / 5, two wins of five verdicts."""
+    out = tmp_path / "alpaca"
+    assert main(["alpaca-eval", "export", "--run-dir", str(run_dir), "--out", str(out)]) == 0
+    reference = {row["instruction"]: row["output"] for row in json.loads((out / "reference_outputs.json").read_text())}
+    outputs = json.loads((out / "jpo-t0.7" / "model_outputs.json").read_text())
+    rows = [
+        {
+            "instruction": row["instruction"], "output_1": reference[row["instruction"]], "output_2": row["output"],
+            "generator_2": row["generator"], "preference": preference,
+        }
+        for row, preference in zip(outputs, [1.49, 1.49, 1.6, 2, 1, None], strict=True)
+    ]  # fmt: skip
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(rows))
+    capsys.readouterr()
+    arguments = ["alpaca-eval", "import", str(file), "--run-dir", str(run_dir), "--out", str(tmp_path / "won")]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    entry = json.loads((tmp_path / "won" / "win_rates.json").read_text())["models"]["jpo"]
+    assert entry["win_rate"]["0.7"] == pytest.approx(40.0)
+    assert entry["soft"]["0.7"]["win_rate"] == pytest.approx(51.6)
+    assert entry["soft"]["0.7"]["n"] == 5
+    (line,) = [line for line in shown.splitlines() if line.split()[:1] == ["jpo-t0.7"]]
+    low, high = entry["soft"]["0.7"]["ci95"]
+    assert line.split()[1:5] == ["51.6", f"{low:.1f}", "to", f"{high:.1f}"]
+    assert (line.split()[5], line.split()[-1]) == ("40.0", "5")
+    assert "win_rate is the mean preference; discrete (its discrete_win_rate) counts each verdict whole" in " ".join(
+        shown.split()
+    )
+
+
 def test_annotations_without_a_preference_are_counted_or_refused(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
