@@ -5,6 +5,7 @@ The batches themselves are cut in `batches.py`.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -83,7 +84,7 @@ class EdgeSchedule:
     """Which edges each step sees: shard after shard, in an order of each epoch's, batches of one shard's edges."""
 
     def __init__(self, data: PreferenceData, edges: EdgeShards, config: TrainConfig, seed: int) -> None:
-        self._edges = edges
+        self._data, self._edges, self._config = data, edges, config
         limits = batches.Limits(config.comparisons_per_step, config.max_batch_tokens, data.tokens.lengths)
 
         def part_batches(epoch: int, part: int) -> list[Rows]:
@@ -100,7 +101,7 @@ class EdgeSchedule:
 
     def batch(self, step: int) -> EdgeList:
         part, numbers = self.numbers(step)
-        return self._edges[part].take(numbers)
+        return weighted_by_list(self._data, self._edges[part].take(numbers), self._config)
 
 
 def validation_batches(data: PreferenceData, config: TrainConfig, seed: int) -> list[Rows]:
@@ -125,6 +126,17 @@ def _batch_maker(data: PreferenceData, edges: EdgeList, config: TrainConfig) -> 
 def lists_of(data: PreferenceData, edges: EdgeList) -> Rows:
     """The list that each edge, of two responses to one instruction, belongs to."""
     return data.tokens.prompt_groups[edges.chosen]
+
+
+def weighted_by_list(data: PreferenceData, edges: EdgeList, config: TrainConfig) -> EdgeList:
+    """The edges; of objectives that join lists, weighted so that every list counts once: an edge by its share of the
+    weights of its list. The papers take the expectation over lists, and a loss of a list stands at all its edges.
+    """
+    if config.joins != "lists":
+        return edges
+    _, list_of = np.unique(lists_of(data, edges), return_inverse=True)
+    of_list = np.bincount(list_of, weights=edges.weight)
+    return replace(edges, weight=(edges.weight / of_list[list_of]).astype(np.float32))
 
 
 def difficulty(data: PreferenceData, edges: EdgeList, easy: str) -> npt.NDArray[np.floating]:

@@ -25,7 +25,7 @@ from jpo_ray.engine.objective import (
     weighted_mean,
 )
 from jpo_ray.engine.reference import check_reference
-from jpo_ray.engine.schedules import EdgeSchedule, training_edges, validation_batches
+from jpo_ray.engine.schedules import EdgeSchedule, training_edges, validation_batches, weighted_by_list
 from jpo_ray.engine.scoring import Scorer
 from jpo_ray.engine.step import Rows, accumulate_gradients, score_all
 from jpo_ray.engine.throughput import Meter
@@ -70,7 +70,7 @@ def preference_task(
         )
         parts = validation_batches(data, config, seed)
         outcome = outcome_of(data, data.validation, parts, rows, scores, config)
-        held_out = data.validation.take(np.concatenate(parts))
+        held_out = weighted_by_list(data, data.validation.take(np.concatenate(parts)), config)
         metrics = preference_metrics(outcome, scores, held_out, rows, config)
         return {f"eval_{name}": value for name, value in metrics.items()}
 

@@ -1,7 +1,8 @@
 """Losses that join more than two items: all responses of an instruction (a list), or all items of a batch.
 
 A list's items are ranked by their share of wins in its edges, which is where its labels are: what wins more is better,
-and equal shares are not compared. The loss of a list stands at each of its edges, so that their mean is that of lists.
+and equal shares are not compared. So items are ranked that never met; where the edges of a list are not all that could
+be, that is a guess. The loss of a list stands at each of its edges: whoever averages lets each list count once.
 """
 
 import torch

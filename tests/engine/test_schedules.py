@@ -15,6 +15,7 @@ from jpo_ray.engine.schedules import (
     lists_of,
     training_edges,
     validation_batches,
+    weighted_by_list,
 )
 from jpo_ray.engine.tasks import preference_task
 
@@ -131,6 +132,32 @@ def test_held_out_edges_come_as_in_training_where_that_matters(world: World, fou
     assert sorted(sorted(part.tolist()) for part in lipo) == [[0, 1], [2]]
 
 
+def test_lists_of_unequal_size_count_alike(world: World, four: PreferenceData) -> None:
+    """Lists of six, three and one comparisons, by hand, where the policy is the reference: all scores are 0.
+
+    The items of a list then have the ranks 1 to 4 in its order, of 1 / log(1 + rank) = 1.4426950, 0.9102392, 0.7213475,
+    0.6213349, and LiPO's loss of a pair is |G - G'| |1 / D - 1 / D'| log 2. Shares of wins 1, 2/3, 1/3, 0 (gains 1,
+    0.5874011, 0.2599210, 0): 1.8324613 log 2 = 1.2701653. Shares 1/2, 1, 0, 0 (gains 0.4142136, 1, 0, 0): 1.4287118
+    log 2 = 0.9903076. Shares 0, 1: 0.5324558 log 2 = 0.3690702. Their mean is 0.8765144; were comparisons averaged, it
+    would be 1.0960985.
+    """
+    train = config(objective="lipo", lora_dropout=0.0)
+    scorer = policy_scorer(world.model, train, moved=False)
+    metrics = preference_task(scorer, four, train, seed=0).gradients(0)
+    assert (metrics["joint/edges"], metrics["loss"]) == (10, pytest.approx(0.8765144, abs=2e-6))
+    held_out = replace(four, validation=four.train[0])
+    found = preference_task(scorer, held_out, train.model_copy(update={"comparisons_per_step": 1}), seed=0).evaluate()
+    assert found["eval_loss"] == pytest.approx(0.8765144, abs=2e-6)
+
+
+def test_weights_are_shares_of_a_lists_alone(world: World, four: PreferenceData) -> None:
+    """Own weights 1, 2, 1, 2, ...: of the list of six 9, of the one of three 1 + 2 + 1, of the last 2."""
+    found = weighted_by_list(four, four.train[0], config(objective="pro")).weight
+    shares = [1 / 9, 2 / 9, 1 / 9, 2 / 9, 1 / 9, 2 / 9, 1 / 4, 2 / 4, 1 / 4, 1]
+    assert found.tolist() == pytest.approx(shares)
+    assert weighted_by_list(world.data, world.data.train[0], config()) is world.data.train[0]
+
+
 @pytest.mark.parametrize("objective", ["lipo", "rpo", "kto"])
 def test_held_out_loss_is_that_of_its_batches(objective: str, world: World, four: PreferenceData) -> None:
     """The validation edges trained on as one epoch, the weights standing still, have the same mean loss."""
@@ -140,7 +167,8 @@ def test_held_out_loss_is_that_of_its_batches(objective: str, world: World, four
     held_out = preference_task(scorer, data, train, seed=0).evaluate()
     same = preference_task(scorer, replace(data, train=EdgeShards.of(data.validation)), train, seed=0)
     batches = validation_batches(data, train, seed=0)
-    weights = [float(data.validation.weight[batch].sum()) for batch in batches]
+    counted = weighted_by_list(data, data.validation, train)
+    weights = [float(counted.weight[batch].sum()) for batch in batches]
     losses = [same.gradients(step)["loss"] for step in range(len(batches))]
     assert held_out["eval_loss"] == pytest.approx(np.average(losses, weights=weights), rel=1e-6)
 

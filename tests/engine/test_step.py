@@ -12,7 +12,7 @@ from jpo_ray.config_objective import OBJECTIVES
 from jpo_ray.engine import step as step_module
 from jpo_ray.engine.dataset import PreferenceData
 from jpo_ray.engine.objective import batch_rows, loss_of_scores, weighted_mean
-from jpo_ray.engine.schedules import EdgeSchedule
+from jpo_ray.engine.schedules import EdgeSchedule, weighted_by_list
 from jpo_ray.engine.scoring import score_items
 from jpo_ray.engine.step import accumulate_gradients
 from jpo_ray.engine.tasks import preference_task, sft_task
@@ -80,7 +80,7 @@ def test_gradient_is_that_of_the_loss_of_all_items_at_once(name: str, world: Wor
     scorer.model.zero_grad(set_to_none=True)
     rows = batch_rows(data, data.train[0], train)
     outcome = loss_of_scores(data, data.train[0], rows, train)(score_items(scorer, data.tokens, rows))
-    total = weighted_mean(outcome.loss_E, data.train[0])
+    total = weighted_mean(outcome.loss_E, weighted_by_list(data, data.train[0], train))
     total.backward()
     plain = torch.cat([p.grad.flatten() for p in scorer.model.parameters() if p.requires_grad and p.grad is not None])
     assert loss == pytest.approx(total.item(), rel=1e-5)
