@@ -29,7 +29,10 @@ WIDER: tuple[Joins, ...] = ("items", "edges", "lists", "batch")  # each joins mo
 WHOLE: frozenset[Reads] = frozenset({"reference", "instruction"})  # log-ratios, of whole sequences on joint edges
 RATIO: frozenset[Reads] = frozenset({"reference"})  # log-ratios of responses given their instruction
 POLICY: frozenset[Reads] = frozenset()  # the policy's own log-probs
-ONE_LIST = "ranks the responses of one instruction; set protocols: [conditional]"
+ONE_LIST = (
+    "ranks items by shares of wins, which order only items that met the same others, as an instruction's responses do "
+    "and the ends of joint comparisons do not"
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,15 @@ OBJECTIVES: dict[str, Objective] = {
     "simpo": Objective({"beta": 2.0, "simpo_gamma": 1.0}, reads=POLICY),
     "orpo": Objective(reads=POLICY),
     "sft": Objective({}, reads=POLICY, joins="items"),
-    "lipo": Objective(reads=RATIO, joins="lists", conditional_only=ONE_LIST),
-    "pro": Objective({"beta": 1.0}, reads=POLICY, joins="lists", conditional_only=ONE_LIST),
+    "lipo": Objective(
+        reads=RATIO,
+        joins="lists",
+        conditional_only=f"{ONE_LIST}, and its log-ratios hold a partition function that cancels only within one; "
+        "set protocols: [conditional]",
+    ),
+    "pro": Objective(
+        {"beta": 1.0}, reads=POLICY, joins="lists", conditional_only=f"{ONE_LIST}; set protocols: [conditional]"
+    ),
     "rpo": Objective({"beta": 0.1, "rpo_temperature": 0.5}, reads=RATIO | {"embedding"}, joins="batch"),
 }
 

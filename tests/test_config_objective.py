@@ -11,8 +11,11 @@ from jpo_ray.config_objective import OBJECTIVES, ObjectiveName
 
 @pytest.mark.parametrize("name", ["lipo", "pro"])
 def test_listwise_objectives_refuse_joint_comparisons(name: str) -> None:
+    """And say why: labels are shares of wins, and LiPO's scores are rewards up to a constant of the instruction."""
     message = error_of(with_key("train", [{"objective": name}]))
-    assert message == f"`train.0`: {name} ranks the responses of one instruction; set protocols: [conditional]"
+    assert message.startswith(f"`train.0`: {name} ranks items by shares of wins, which order only items that met the ")
+    assert ("partition function that cancels only within one" in message) == (name == "lipo")
+    assert message.endswith("; set protocols: [conditional]")
     alone = {"objective": name, "protocols": ["conditional"]}
     assert parse_config(with_key("train", [alone]), "my.yaml").train_entry(name).joins == "lists"
     for other, named in (({"batching": "pairs"}, "batching: pairs"), ({"curriculum": {}}, "a curriculum")):
@@ -45,7 +48,7 @@ def test_instructions_are_read_for_joint_comparisons_alone() -> None:
         ),
         (
             {"also": [{"objective": "lipo"}]},
-            "lipo ranks the responses of one instruction; set protocols: [conditional]",
+            "lipo ranks items by shares of wins, which order only items that met the same others, as an",
         ),
         (
             {"also": [{"objective": "sft", "label_smoothing": 0.1}]},

@@ -88,6 +88,18 @@ def test_equal_shares_of_wins_are_not_compared(loss: object) -> None:
     assert loss(given, edges((0, 1), probability=0.5), beta=1.0).loss_E.tolist() == [0.0]
 
 
+def test_items_that_never_met_are_ranked_by_their_shares() -> None:
+    """0 beats 1 and 2 beats 3: shares 1, 0, 1, 0, so 0 is put above 3 and 2 above 1 too, and 0 and 2 are not compared.
+
+    Scores 0, 1, -1, 2: LiPO's ranks are 3, 2, 4, 1, its pairs 0.2480642 (0, 1), 1.5342542 (0, 3), 0.6144786 (2, 1),
+    2.5039880 (2, 3). PRO: log(e^0 + e^1 + e^2) = 2.4076060 and log(e^-1 + e^1 + e^2) + 1 = 3.3490122.
+    """
+    met = edges((0, 1), (2, 3))
+    given = items(values(0.0, 1.0, -1.0, 2.0), torch.zeros(4, dtype=torch.int64))
+    assert lipo(given, met, beta=1.0).loss_E.tolist() == pytest.approx([4.9007852] * 2, abs=1e-6)
+    assert pro(given, met, beta=1.0).loss_E.tolist() == pytest.approx([5.7566182] * 2, abs=1e-6)
+
+
 @pytest.mark.parametrize("loss", [lipo, pro])
 def test_a_list_weighs_the_same_in_any_batch(loss: object) -> None:
     """Other lists do not enter, wherever their items stand in the batch, and send no gradient."""
