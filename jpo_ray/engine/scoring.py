@@ -85,12 +85,19 @@ def make_scorer(
         dropout_seed=dropout_seed,
         device=device,
         autocast=autocast,
-        cores=torch.get_num_threads() if device.type == "cpu" else 1,
+        cores=torch.get_num_threads() if device.type == "cpu" and not _swaps_weights(model) else 1,
         packed=False,
     )
     found = replace(padded, packed=True) if packed and takes_cells and _packs(padded, ids[0]) else padded
     model.train(was_training)
     return found
+
+
+def _swaps_weights(model: Any) -> bool:
+    """Whether a pass puts other weights into modules that all passes share, as peft's LoRA on stacked experts does."""
+    from peft.tuners.lora import ParamWrapper
+
+    return any(isinstance(module, ParamWrapper) for module in model.modules())
 
 
 @torch.no_grad()

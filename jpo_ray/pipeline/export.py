@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from jpo_ray.artifacts import Manifest
-from jpo_ray.cache import cache_folder
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json, write_json
-from jpo_ray.pipeline.model_card import Exported, is_on_hub, model_card
+from jpo_ray.pipeline.bases import base_of_adapter, hub_base, named_base
+from jpo_ray.pipeline.model_card import Exported, model_card
 from jpo_ray.runs import RunDir
 
 ADAPTER_CONFIG, BASE_RECORD = "adapter_config.json", "base_model.json"
@@ -123,49 +123,18 @@ def _aside(out: Path) -> Iterator[Path]:
 def _merge(run: RunDir, manifest: Manifest, folder: Path, staged: Path) -> dict[str, Any]:
     from jpo_ray.engine.merging import merge_adapter
 
-    return merge_adapter(folder, _base_of(run, manifest, folder), staged, str(manifest.config["model"]["dtype"]))
-
-
-def _base_of(run: RunDir, manifest: Manifest, folder: Path) -> Path:
-    """The run's own SFT model, wherever the run has been moved to; else the base that the adapter names, or where that
-    folder is another machine's, the one on the Hub that the run began with.
-    """
-    from jpo_ray.engine.adapters import base_of, check_base
-    from jpo_ray.engine.model import resolve_model
-
-    own, on_hub = _own_base(run), _on_hub(run, manifest)
-    if own is not None:
-        base = own
-    elif on_hub is not None and not Path(_named_base(folder)).is_dir():
-        base = resolve_model(on_hub, "--model")
-    else:
-        return base_of(folder, "--model", cache_folder())
-    check_base(folder, base, "--model", cache_folder())
-    return base
-
-
-def _own_base(run: RunDir) -> Path | None:
-    return next((run.path(name) for name in (SFT, "base") if run.manifest(name) is not None), None)
-
-
-def _on_hub(run: RunDir, manifest: Manifest) -> str | None:
-    """What the Hub calls the base of a run without a fine-tuning of its own; peft calls it by where it was loaded."""
-    name = str(manifest.counts.get("base_model") or "")
-    return name if _own_base(run) is None and is_on_hub(run, name) else None
-
-
-def _named_base(folder: Path) -> str:
-    return str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    base = base_of_adapter(run, manifest, folder, "--model")
+    return merge_adapter(folder, base, staged, str(manifest.config["model"]["dtype"]))
 
 
 def _copy_adapter(run: RunDir, manifest: Manifest, folder: Path, staged: Path, base: str | None) -> dict[str, Any]:
     from jpo_ray.engine.merging import trained_on_4bit
 
-    own = _base_of(run, manifest, folder)
+    own = base_of_adapter(run, manifest, folder, "--model")
     _copy(folder, staged, ADAPTER_FILES)
     _save_tokenizer(folder, staged)
-    base = base or _on_hub(run, manifest)
-    name = base or _named_base(folder) or str(own)
+    base = base or hub_base(run, manifest)
+    name = base or named_base(folder) or str(own)
     for file, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), (BASE_RECORD, "model")):
         if (folder / file).exists():
             write_json(staged / file, read_json(folder / file) | {key: name})

@@ -12,6 +12,7 @@ from jpo_ray.config_serve import ServeConfig
 from jpo_ray.data.tokens import Layout
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
+from jpo_ray.pipeline.bases import base_of_adapter, own_base
 from jpo_ray.runs import RunDir
 from jpo_ray.store import location
 
@@ -49,7 +50,7 @@ def find_models(config: ServeConfig) -> Offer:
     wanted = _wanted(config, run, trained)
     manifests = {name: manifest for name, manifest in trained.items() if name in wanted}
     model = _model_section(run, trained)
-    base = _base_folder(run, [*manifests, *trained])
+    base = _base_folder(run, manifests | trained)
     found = [_entry(run, name, manifest) for name, manifest in manifests.items()]
     for key, names in (("adapters", config.adapters), ("whole_models", config.whole_models)):
         if taken := {entry.name for entry in found} & set(names):
@@ -189,18 +190,15 @@ def _model_section(run: RunDir, trained: dict[str, Manifest]) -> BaseModelConfig
     return BaseModelConfig(model_name_or_path="", **{k: v for k, v in sections[0].items() if k != "load_in_4bit"})
 
 
-def _base_folder(run: RunDir, trained: Iterable[str]) -> Path:
-    """The SFT model's folder; where the run has none, the base that its adapters name."""
-    from jpo_ray.engine.model import resolve_model
-
-    if run.manifest("sft") is not None:
-        return run.path("sft")
-    for name in trained:
-        config = run.path(f"train/{name}") / ADAPTER_CONFIG
-        if config.exists():
-            return resolve_model(
-                str(read_json(config)["base_model_name_or_path"]), f"{config}: base_model_name_or_path"
-            )
+def _base_folder(run: RunDir, trained: dict[str, Manifest]) -> Path:
+    """The SFT model's folder; where the run has none, the base of its adapters."""
+    own = own_base(run)
+    if own is not None:
+        return own
+    for name, manifest in trained.items():
+        folder = run.path(f"train/{name}")
+        if is_adapter(folder):
+            return base_of_adapter(run, manifest, folder, f"train/{name}")
     raise InputError(f"{run.where}: neither an `sft` model nor an adapter that names its base; run `jpo sft` first")
 
 

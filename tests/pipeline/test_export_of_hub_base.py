@@ -11,11 +11,13 @@ import yaml
 
 from jpo_ray import records
 from jpo_ray.cli import main
+from jpo_ray.config_serve import ServeConfig
 from jpo_ray.data.tokens import Layout, prompt_ids
 from jpo_ray.engine.adapters import load_adapter
 from jpo_ray.engine.model import load_tokenizer
 from jpo_ray.files import read_json, write_json
 from jpo_ray.sandbox import BASE_MODEL
+from jpo_ray.serving.models import find_models
 from pipeline.inline import JPO, install, run, small_config
 
 NAME = "somebody/chatty"
@@ -122,6 +124,7 @@ def test_on_another_machine_the_base_is_had_from_the_hub(
     try:
         assert export(there, tmp_path / "out")["base_model"] == NAME
         assert export(there, tmp_path / "adapter", "--adapter")["base_model"] == NAME
+        assert find_models(ServeConfig(run_dir=str(there))).base == (moved / "snapshots" / "abc").resolve()
         assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == ENDS
         written, expected = (tmp_path / name / "model.safetensors" for name in ("out", "here"))
         assert written.read_bytes() == expected.read_bytes()
