@@ -51,13 +51,11 @@ def check_adapter(folder: Path, base: Shapes, max_rank: int) -> int:
         raise AdapterError(f"{name}: rank {rank}, and max_lora_rank is {max_rank}")
     try:
         shapes = _shapes(weights)
-        odd = _not_finite(weights)
     except Exception as error:  # the format's own error is not an OSError, and headers may be anything
         raise AdapterError(f"{name}: {WEIGHTS} is not in the safetensors format") from error
-    if odd is not None:
-        raise AdapterError(f"{name}: {odd[:100]} holds what is no finite number")
     updated = _check_shapes(shapes, base, rank, name, transposed=transposed)
     _check_targets(updated, base, fields, name)
+    _check_values(weights, name)
     return rank
 
 
@@ -119,10 +117,16 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
 
 
-def _not_finite(path: Path) -> str | None:
-    """A tensor with NaN or infinity in it."""
+def _check_values(path: Path, name: str) -> None:
+    """Raise `AdapterError` for NaN and infinity, which would be in every answer."""
     import torch
     from safetensors import safe_open
 
+    served = (torch.float32, torch.bfloat16, torch.float16)
     with safe_open(path, "pt") as opened:
-        return next((key for key in opened.keys() if not torch.isfinite(opened.get_tensor(key)).all()), None)  # noqa: SIM118
+        for key in opened.keys():  # noqa: SIM118
+            weight = opened.get_tensor(key)
+            if weight.dtype not in served:
+                raise AdapterError(f"{name}: {key[:100]} is of {weight.dtype}, which is not served")
+            if not torch.isfinite(weight).all():
+                raise AdapterError(f"{name}: {key[:100]} holds what is no finite number")

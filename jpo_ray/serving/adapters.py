@@ -84,7 +84,9 @@ class AdapterStore:
         with _locked(self.root):
             now = dict(self.listed())
             if entry.name in now:
-                raise AdapterError(f"there is an adapter `{entry.name}` already; remove it first", 409)
+                raise name_taken(entry.name)
+            if not Path(entry.folder).is_dir():  # the same one was removed meanwhile
+                raise AdapterError(f"{entry.name}: removed while it was added; add it again", 409)
             if len(now) >= self._max_adapters:
                 raise AdapterError(f"{self._max_adapters} adapters are served already; remove one first", 409)
             self._write(now | {entry.name: entry})
@@ -134,6 +136,10 @@ class AdapterStore:
 
 def no_adapter() -> AdapterError:
     return AdapterError("there is no adapter of that name", 404)
+
+
+def name_taken(name: str) -> AdapterError:
+    return AdapterError(f"there is an adapter `{name}` already; remove it first", 409)
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jpo_ray.serving.adapter_checks import AdapterError
-from jpo_ray.serving.adapters import AdapterStore
+from jpo_ray.serving.adapters import AdapterStore, name_taken
 from jpo_ray.serving.engines import Engine, EngineError
-from jpo_ray.serving.loaded import LoadedAdapters
+from jpo_ray.serving.loaded import LoadedAdapters, finished
 from jpo_ray.serving.models import adapter_warnings
 from jpo_ray.serving.plan import Plan
 from jpo_ray.serving.policies import GONE, PARTS, Scores
@@ -86,11 +86,14 @@ class Catalogue:
 
     async def add_adapter(self, name: str, folder: str) -> list[str]:
         """Add an adapter to all replicas; returns what is odd about it. Raises `AdapterError`."""
+        return await finished(self._add_adapter(name, folder))
+
+    async def _add_adapter(self, name: str, folder: str) -> list[str]:
         if any(engine.name == name for engine in self._plan.engines):
             raise AdapterError(f"`{name}` is a model of this server already", 409)
         allowed = [Path(root) for root in self._plan.adapter_folders]
         if name in self._store.listed():
-            raise AdapterError(f"there is an adapter `{name}` already; remove it first", 409)
+            raise name_taken(name)
         if len(self._store.listed()) >= self._plan.max_adapters:
             raise AdapterError(f"{self._plan.max_adapters} adapters are served already; remove one first", 409)
         entry = await asyncio.to_thread(self._store.prepare, name, folder, allowed)
@@ -106,7 +109,7 @@ class Catalogue:
     async def remove_adapter(self, name: str) -> None:
         """Take an adapter off all replicas; answers under way are finished. Raises `AdapterError`."""
         await asyncio.to_thread(self._store.remove, name)
-        await self._loaded.forget()
+        await finished(self._loaded.forget())
 
 
 def _card(name: str, parent: str | None, beta: float | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from jpo_ray.config_file import validated
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.serving.keys import read_keys, require_keys
-from jpo_ray.serving.listening import served_at
+from jpo_ray.serving.listening import host_served_at
 from jpo_ray.serving.plan import begun, make_plan
 
 DEPLOYED = "deployed"  # folder of a deployed application's adapters: no `jpo serve` has it
@@ -20,7 +20,7 @@ def build(args: dict[str, Any]) -> Any:
     """
     config = validated(ServeConfig, args, "args")
     keys = read_keys(config)
-    require_keys(keys, served_at(), config.host)
+    require_keys(keys, host_served_at(), config.host)
     plan = make_plan(config, keys_required=bool(keys))
     plan = begun(plan, Path(plan.state_dir) / DEPLOYED)
     from jpo_ray.serving.application import build_application

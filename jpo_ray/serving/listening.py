@@ -3,10 +3,18 @@
 from jpo_ray.config_serve import LOOPBACK
 
 
-def served_at() -> str:
-    """The host of the running Serve; the loopback address where there is none, or none that speaks HTTP."""
+def served_at() -> tuple[str, int] | None:
+    """Host and port of the running Serve; None where there is none, or none that speaks HTTP."""
     import ray
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
-    return (client.http_config.host if client is not None else None) or LOOPBACK[0]
+    if client is None or client.http_config.host is None:
+        return None
+    return str(client.http_config.host), int(client.http_config.port)
+
+
+def host_served_at() -> str:
+    """Of the running Serve, else a loopback address."""
+    place = served_at()
+    return place[0] if place is not None else LOOPBACK[0]

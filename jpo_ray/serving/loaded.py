@@ -6,15 +6,25 @@ room before another one comes.
 """
 
 import asyncio
+import logging
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
 
 from jpo_ray.serving.adapter_checks import AdapterError
-from jpo_ray.serving.adapters import AdapterStore, Listed, no_adapter
+from jpo_ray.serving.adapters import AdapterStore, Listed, name_taken, no_adapter
 
 ROOM_TIMEOUT_S = 30.0  # for answers of removed adapters to end
+LOGGER = logging.getLogger("ray.serve")
+Result = TypeVar("Result")
+
+
+async def finished(changing: Coroutine[Any, Any, Result]) -> Result:
+    """What changes the engine's adapters, done to its end even where the client leaves meanwhile: weights that nobody
+    knows of would take the slot that must stay empty.
+    """
+    return await asyncio.shield(asyncio.create_task(changing))
 
 
 class LoadedAdapters:
@@ -32,7 +42,7 @@ class LoadedAdapters:
     async def held(self, entry: Listed) -> AsyncIterator[None]:
         """The adapter is in the engine until the block ends. Raises `AdapterError` where it cannot be loaded."""
         if self._loaded.get(entry.name) != entry or len(self._loaded) > len(self._store.listed()):
-            await self._load(entry)
+            await finished(self._load(entry))
         self._in_use[entry.folder] += 1
         try:
             yield
@@ -43,15 +53,18 @@ class LoadedAdapters:
                     await self._let_go()
 
     async def load_listed(self) -> None:
-        """Load every adapter on the list."""
+        """Load every adapter on the list that can be had; whoever asks for another is told."""
         for entry in list(self._store.listed().values()):
-            async with self.held(entry):
-                pass
+            with suppress(AdapterError):
+                async with self.held(entry):
+                    pass
 
     async def try_out(self, entry: Listed) -> None:
         """Load an adapter that is not on the list yet. Raises `AdapterError` where the engine does not take it."""
         async with self._changing:
             await self._sync()
+            if entry.name in self._store.listed():  # the engine would answer for it with the one that it has
+                raise name_taken(entry.name)
             await self._put_in(entry)
 
     async def forget(self) -> None:
@@ -97,7 +110,8 @@ class LoadedAdapters:
         try:
             await self._engine.resolve_lora(wanted)
         except Exception as error:
-            raise AdapterError(f"{entry.name}: the engine does not take it; are its weights of this base?") from error
+            LOGGER.warning("%s cannot be loaded", entry.name, exc_info=error)
+            raise AdapterError(f"{entry.name}: the engine does not take it; its log has the reason") from error
         self._loaded[entry.name] = entry
 
     async def _room(self) -> None:

@@ -32,8 +32,11 @@ class Policies:
         self._scorer: Any = None  # made with the first adapter, or when first needed
         self._adapters: dict[str, str] = {}  # the server's folder of an adapter -> its name in peft
         self._whole: dict[str, Any] = {}
-        for entry in plan.adapters:
-            self._adapter(entry.folder)
+        for entry in store.listed().values():
+            try:
+                self._adapter(entry.folder)
+            except Exception:
+                LOGGER.exception("%s cannot be scored", entry.name)
 
     def score(self, asked: Sequence[Asked]) -> list[Scores]:
         """What `Scorer.score` gives, for several requests: the reference scores all their items in one go, and a model

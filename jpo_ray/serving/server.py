@@ -14,7 +14,7 @@ from jpo_ray.serving.catalogue import Catalogue
 from jpo_ray.serving.engines import EngineError, LocalEngine, RemoteEngine
 from jpo_ray.serving.guard import LOGGER, Guard
 from jpo_ray.serving.keys import read_keys, require_keys
-from jpo_ray.serving.listening import served_at
+from jpo_ray.serving.listening import host_served_at
 from jpo_ray.serving.loaded import LoadedAdapters
 from jpo_ray.serving.orphans import end_children_with_this_process
 from jpo_ray.serving.plan import Plan
@@ -50,7 +50,7 @@ class FrontServer(ModelServer):
         self, llm_config: LLMConfig, plan: Plan, config: ServeConfig, others: dict[str, Any], scorer: Any
     ) -> None:
         self._keys = read_keys(config)
-        require_keys(self._keys, config.host, served_at())
+        require_keys(self._keys, config.host, host_served_at())
         for warning in plan.warnings:
             LOGGER.warning(warning)
         if plan.keys_required and not self._keys:

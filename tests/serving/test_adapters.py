@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from jpo_ray.engine.adapters import record_base
@@ -70,6 +71,8 @@ def test_no_copy_stays_of_what_is_not_on_the_list(
     assert len(copies(store)) == 2
     store.discard(other)
     assert copies(store) == [Path(again.folder).name]
+    with pytest.raises(AdapterError, match="other: removed while it was added; add it again"):
+        store.add(other)  # the copy that its own addition made went with another's removal
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -88,6 +91,15 @@ def test_weights_that_are_no_numbers_are_refused(good: Path, shapes: Shapes, tmp
     weights[name][0, 0] = value
     save_file(weights, folder / WEIGHTS)
     with pytest.raises(AdapterError, match=f"{re.escape(name)} holds what is no finite number"):
+        check_adapter(folder, shapes, 8)
+
+
+def test_weights_of_other_types_are_refused(good: Path, shapes: Shapes, tmp_path: Path) -> None:
+    folder = shutil.copytree(good, tmp_path / "eighth")
+    save_file(
+        {name: value.to(torch.float8_e4m3fn) for name, value in load_file(good / WEIGHTS).items()}, folder / WEIGHTS
+    )
+    with pytest.raises(AdapterError, match=r"is of torch\.float8_e4m3fn, which is not served"):
         check_adapter(folder, shapes, 8)
 
 
@@ -250,6 +262,18 @@ def test_adapters_come_and_go_on_a_running_server(endpoint: Endpoint) -> None:
 
 @pytest.mark.ray
 @pytest.mark.vllm
+def test_what_the_run_trains_meanwhile_may_be_added(endpoint: Endpoint) -> None:
+    make_adapter(endpoint.run_dir / "train" / "later", endpoint.run_dir / "sft", seed=7)
+    with endpoint.http() as http:
+        assert http.post("/v1/adapters", json={"name": "later", "folder": "later"}).status_code == 201
+        asked = {"model": "later", "prompt": "Name a fruit.", "max_tokens": 4}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+        assert http.delete("/v1/adapters/later").status_code == 200
+    shutil.rmtree(endpoint.run_dir / "train" / "later")
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
 def test_an_adapter_of_enormous_weights_harms_nobody(endpoint: Endpoint) -> None:
     """Finite numbers whose products are not: its own answers are whatever they are, and the rest is as before."""
     store = store_of(endpoint.run_dir)
@@ -283,6 +307,9 @@ def test_adapters_that_are_none_are_refused_by_a_running_server(endpoint: Endpoi
     config = json.loads((wrong / ADAPTER_CONFIG).read_text())
     (wrong / ADAPTER_CONFIG).write_text(json.dumps(config | {"r": 2}))  # the weights are of rank 4
     with endpoint.http() as http:
+        for name in TRAVERSALS:
+            reply = http.post("/v1/adapters", json={"name": name, "folder": "extra"})
+            assert 400 <= reply.status_code < 500, (name, reply.text)
         for folder in [*TRAVERSALS, *(f"bad/{path.name}" for path in pickled), "bad/wrong_shape", "train/gone"]:
             reply = http.post("/v1/adapters", json={"name": "bad", "folder": folder})
             assert 400 <= reply.status_code < 500, (folder, reply.text)

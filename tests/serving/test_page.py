@@ -12,6 +12,13 @@ from serving.endpoint import BEARER, KEY, Endpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.browser]
 
+WATCH = """() => {
+  const answer = document.querySelector("#answer-b");
+  window.lengths = [];
+  new MutationObserver(() => window.lengths.push(answer.textContent.length))
+    .observe(answer, {childList: true, characterData: true, subtree: true});
+}"""
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,11 +58,13 @@ def test_both_answers_stream_side_by_side(page: Any, endpoint: Endpoint, expect:
     page.select_option("#model-b", "jpo")
     page.fill("#instruction", instruction)
     page.fill("#tokens", "24")
+    page.evaluate(WATCH)
     page.keyboard.press("Control+Enter")
     for side in "ab":
         expect(page.locator(f"#facts-{side}")).to_contain_text("all after", timeout=30_000)
     for side, model in (("a", "sft"), ("b", "jpo")):
         assert page.locator(f"#answer-{side}").text_content() == whole_answer(endpoint, model, instruction)
+    assert len(set(page.evaluate("window.lengths"))) >= 3  # it grew under the reader's eyes
     left, right = (page.locator(f"#answer-{side}").bounding_box() for side in "ab")
     assert left["x"] + left["width"] <= right["x"]
     assert left["y"] == right["y"]

@@ -35,6 +35,8 @@ def test_an_adapter_removed_meanwhile_fails_its_own_request_alone(policies: Poli
     policies._store.remove("jpo")
     assert policies.score(asked) == [GONE, before[1], before[2]]
     assert policies.score([("jpo", ITEMS)]) == [GONE]
+    again = Policies(policies._plan, policies._store, "cpu")  # a scorer that takes this one's place
+    assert again.score(asked) == [GONE, before[1], before[2]]
 
 
 def test_a_model_that_cannot_be_had_fails_its_own_requests_alone(policies: Policies, tmp_path: Path) -> None:

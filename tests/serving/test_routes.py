@@ -6,6 +6,8 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.engine.model import load_tokenizer
@@ -83,6 +85,8 @@ class Catalogued:
         self._scores = scores
 
     async def remote(self, *_: Any) -> Any:
+        if isinstance(self._scores, Exception):
+            raise self._scores
         return self._scores
 
 
@@ -95,6 +99,8 @@ NAN_SCORES = [{"instruction": 0.0, "response": float("nan"), "beta": 1.0}]
         (GONE, 404, "there is no model `sft`"),
         (FAILED, 500, "this model cannot be scored; the server's log has the reason"),
         (NAN_SCORES, 422, "the log-probabilities under this model are no finite numbers"),
+        (BackPressureError(9, 8), 429, "too many requests are under way; try again"),
+        (DeploymentUnavailableError(DeploymentID("Scorer")), 503, "not ready; try again"),
     ],
 )
 def test_scores_that_cannot_be_had(
@@ -105,3 +111,4 @@ def test_scores_that_cannot_be_had(
     reply = posted(prompts, catalogue, "/v1/score", {"model": "sft", "items": [ITEM]})
     assert reply.status_code == status
     assert reply.json()["error"]["message"].startswith(message)
+    assert reply.headers.get("retry-after") == ("1" if status in (429, 503) else None)
