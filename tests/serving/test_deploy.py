@@ -52,6 +52,17 @@ class Cluster:
         reply = httpx.get(f"{self.dashboard}/api/serve/applications/", headers=TOKEN_HEADER)
         return reply.json()["applications"].get("jpo", {})  # type: ignore[no-any-return]
 
+    def refusal_of_another(self, run_dir: Path) -> str:
+        """What `jpo serve` says when it is asked to serve here too."""
+        head = (Path(self.environment["RAY_TMPDIR"]) / "ray_current_cluster").read_text().strip()
+        command = [str(BIN / "jpo"), "serve", "--run-dir", str(run_dir), f"address={head}"]
+        command += [f"state_dir={self.folder / 'another'}", "cpus_per_replica=0.1"]
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
+        )
+        assert done.returncode == 2, done.stderr[-2000:]
+        return done.stderr
+
     def logs(self) -> str:
         folders = Path(self.environment["RAY_TMPDIR"]).glob("session_2*/logs/serve/replica_jpo_FrontServer*")
         return "".join(path.read_text() for path in folders)
@@ -108,6 +119,9 @@ def test_serve_deploy(served_run: Path, tmp_path: Path) -> None:
         with httpx.Client(base_url=url, headers=BEARER, timeout=60) as client, endpoint_client(url) as official:
             every_model_answers(client, official)
             who_leaves_is_not_generated_for(client)
+            said = deployed.refusal_of_another(served_run)
+            assert "address: this cluster serves an application `jpo` already" in said
+            assert client.get("/ready").status_code == 200
 
 
 def every_model_answers(client: httpx.Client, official: openai.OpenAI) -> None:
@@ -177,12 +191,8 @@ def test_no_deployment_listens_to_the_network_without_keys(served_run: Path, tmp
             time.sleep(1)
         assert needs in deployed.application()["message"]
         assert not (tmp_path / "state").exists()
-        head = (Path(deployed.environment["RAY_TMPDIR"]) / "ray_current_cluster").read_text().strip()
-        command = [str(BIN / "jpo"), "serve", "--run-dir", str(served_run), f"address={head}", "port=0"]
-        done = subprocess.run(
-            command, env=deployed.environment, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
-        )
-        assert (done.returncode, needs in done.stderr) == (2, True), done.stderr[-2000:]
+        assert needs in deployed.refusal_of_another(served_run)
+        assert deployed.application()["status"] == "DEPLOY_FAILED"  # as it was
 
 
 def wait_for(url: str, seconds: float, headers: dict[str, str] | None = None) -> None:
