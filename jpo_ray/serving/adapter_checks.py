@@ -17,6 +17,10 @@ MAX_CONFIG_BYTES = 1_000_000
 PEFT_PREFIX = "base_model.model."
 REFUSED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
 
+# Trained adapters stay far below both. Beyond them float32 and bfloat16 may overflow within a few layers.
+LARGEST_WEIGHT = 100.0
+LARGEST_SCALE = 100.0
+
 Shapes = Mapping[str, tuple[int, ...]]  # of a model's tensors, by name
 
 
@@ -73,6 +77,9 @@ def _check_config(path: Path, name: str) -> dict[str, Any]:
             raise AdapterError(f"{name}: {key} is not served")
     if fields.get("bias", "none") != "none":
         raise AdapterError(f"{name}: biases are not served")
+    alpha = fields.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= LARGEST_SCALE * rank**0.5:
+        raise AdapterError(f"{name}: lora_alpha is no number from 0 to {LARGEST_SCALE:g} times the root of the rank")
     return fields
 
 
@@ -118,7 +125,9 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_values(path: Path, name: str) -> None:
-    """Raise `AdapterError` for NaN and infinity, which would be in every answer."""
+    """Raise `AdapterError` for weights that are no numbers, or so large that activations need not be any more: what is
+    not finite stays in the engine's cache, and comes out in other models' answers.
+    """
     import torch
     from safetensors import safe_open
 
@@ -128,5 +137,6 @@ def _check_values(path: Path, name: str) -> None:
             weight = opened.get_tensor(key)
             if weight.dtype not in served:
                 raise AdapterError(f"{name}: {key[:100]} is of {weight.dtype}, which is not served")
-            if not torch.isfinite(weight).all():
-                raise AdapterError(f"{name}: {key[:100]} holds what is no finite number")
+            largest = float(weight.abs().max())
+            if not largest <= LARGEST_WEIGHT:
+                raise AdapterError(f"{name}: {key[:100]} holds {largest:g}; weights beyond {LARGEST_WEIGHT:g} overflow")

@@ -6,14 +6,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from jpo_ray.engine.adapters import record_base
-from jpo_ray.serving.adapter_checks import WEIGHTS, AdapterError, Shapes, base_shapes, check_adapter
+from jpo_ray.serving.adapter_checks import (
+    LARGEST_SCALE,
+    LARGEST_WEIGHT,
+    WEIGHTS,
+    AdapterError,
+    Shapes,
+    base_shapes,
+    check_adapter,
+)
 from jpo_ray.serving.adapters import ADAPTER_CONFIG, AdapterStore, own_folder
 from jpo_ray.serving.models import Adapter
 from serving.conftest import STORE, store_of
@@ -83,14 +90,16 @@ def test_no_copy_stays_of_what_is_not_on_the_list(
     assert copies(store) == [Path(again.folder).name]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(good: Path, shapes: Shapes, tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -101.0])
+def test_weights_that_are_no_numbers_or_too_large_are_refused(
+    good: Path, shapes: Shapes, tmp_path: Path, value: float
+) -> None:
     folder = shutil.copytree(good, tmp_path / "odd")
     weights = load_file(folder / WEIGHTS)
     name = sorted(weights)[3]
     weights[name][0, 0] = value
     save_file(weights, folder / WEIGHTS)
-    with pytest.raises(AdapterError, match=f"{re.escape(name)} holds what is no finite number"):
+    with pytest.raises(AdapterError, match=f"{re.escape(name)} holds [a-z0-9]+; weights beyond 100 overflow"):
         check_adapter(folder, shapes, 8)
 
 
@@ -191,6 +200,9 @@ def test_pickles_are_not_weights(good: Path, shapes: Shapes, tmp_path: Path) -> 
         ({"target_modules": ["q_proj"]}, "target modules of adapter_config.json are not those of"),
         ({"target_modules": ["none"]}, "target modules of adapter_config.json are not those of"),
         ({"target_modules": "("}, "names no target modules"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is no number from 0 to 100 times"),
+        ({"lora_alpha": 1e6}, "lora_alpha is no number from 0 to 100 times"),
+        ({"lora_alpha": "16"}, "lora_alpha is no number from 0 to 100 times"),
         ({"fan_in_fan_out": True}, r"has the shape \[.*\], which does not fit base and rank"),
     ],
 )
@@ -274,28 +286,36 @@ def test_what_the_run_trains_meanwhile_may_be_added(endpoint: Endpoint) -> None:
 
 @pytest.mark.ray
 @pytest.mark.vllm
-def test_an_adapter_of_enormous_weights_harms_nobody(endpoint: Endpoint) -> None:
-    """Finite numbers whose products are not: its own answers are whatever they are, and the rest is as before."""
+def test_the_largest_weights_harm_nobody(endpoint: Endpoint) -> None:
+    """What is not finite stays in the engine's cache and comes out in other models' answers: weights of 1e30 turned
+    theirs into nothing. With the largest that are let in, theirs are as before.
+    """
     store = store_of(endpoint.run_dir)
-    folder = shutil.copytree(store / "extra", store / "enormous")
-    weights = load_file(folder / WEIGHTS)
-    save_file({name: 1e30 * weight for name, weight in weights.items()}, folder / WEIGHTS)
-    asked: dict[str, Any] = {"prompt": "Name a fruit.", "max_tokens": 8}
+    weights = load_file(store / "extra" / WEIGHTS)
+    for name, size in (("enormous", 1e30), ("largest", LARGEST_WEIGHT)):
+        folder = shutil.copytree(store / "extra", store / name)
+        save_file({key: size * (1 - 2 * (weight < 0).float()) for key, weight in weights.items()}, folder / WEIGHTS)
+    config = json.loads((store / "largest" / ADAPTER_CONFIG).read_text())
+    config["lora_alpha"] = LARGEST_SCALE * config["r"] ** 0.5
+    (store / "largest" / ADAPTER_CONFIG).write_text(json.dumps(config))
     item = {"instruction": "Name a fruit.", "response": "A pear."}
     with endpoint.http() as http:
 
-        def answer(model: str, **more: Any) -> httpx.Response:
-            return http.post("/v1/completions", json=asked | {"model": model, "temperature": 0} | more)
+        def answers(model: str, **more: Any) -> list[str]:
+            asked = {"model": model, "prompt": "Name a fruit.", "max_tokens": 8, "temperature": 0} | more
+            return [choice["text"] for choice in http.post("/v1/completions", json=asked).json()["choices"]]
 
-        before = answer("jpo").json()["choices"]
-        assert http.post("/v1/adapters", json={"name": "enormous", "folder": "enormous"}).status_code == 201
-        assert answer("enormous", temperature=1).status_code < 500
-        score = http.post("/v1/score", json={"model": "enormous", "items": [item]})
-        assert (score.status_code, score.json()["error"]["message"][:21]) == (422, "the log-probabilities")
+        before = answers("jpo")
+        assert before != [""]
+        refused = http.post("/v1/adapters", json={"name": "enormous", "folder": "enormous"})
+        assert (refused.status_code, "overflow" in refused.text) == (422, True)
+        assert http.post("/v1/adapters", json={"name": "largest", "folder": "largest"}).status_code == 201
+        for _ in range(4):
+            answers("largest", temperature=1, n=4, max_tokens=32, ignore_eos=True)
+        assert http.post("/v1/score", json={"model": "largest", "items": [item]}).status_code in (200, 422)
+        assert [answers("jpo") for _ in range(8)] == [before] * 8
         assert http.post("/v1/score", json={"model": "jpo", "items": [item]}).status_code == 200
-        assert answer("jpo").json()["choices"] == before
-        assert http.delete("/v1/adapters/enormous").status_code == 200
-        assert http.get("/ready").status_code == 200
+        assert http.delete("/v1/adapters/largest").status_code == 200
 
 
 @pytest.mark.ray
