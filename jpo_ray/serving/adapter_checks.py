@@ -17,7 +17,8 @@ MAX_CONFIG_BYTES = 1_000_000
 PEFT_PREFIX = "base_model.model."
 REFUSED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
 
-# Trained adapters stay far below both (0.2 at most in the sandbox's experiments). Beyond them float32 and bfloat16 may overflow within a few layers.
+# Trained adapters stay far below both (0.2 at most in the sandbox's experiments). Beyond them float32 and bfloat16 may
+# overflow within a few layers.
 LARGEST_WEIGHT = 100.0
 LARGEST_SCALE = 100.0
 
