@@ -83,10 +83,6 @@ class ServeConfig(Section):
             raise ValueError(f"whole_models: there is an adapter `{min(both)}` too; choose another name")
         return self
 
-    @property
-    def loopback(self) -> bool:
-        return self.host in LOOPBACK
-
 
 def load_serve_config(path: Path | None, overrides: list[str], run_dir: Path | None = None) -> ServeConfig:
     """From a file, if any (its keys, or what `serve deploy` takes), and `key=value` overrides. Raises `InputError`."""

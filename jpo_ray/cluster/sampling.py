@@ -120,6 +120,7 @@ def _vllm(
         if error := row.get("__inference_error__"):
             yield Generated(int(row["number"]), "", 0, str(error))
         else:
+            # Why it ended the stage does not tell: a stop text that comes with the last token allowed counts as cut.
             ended = row["tokens"] < config.max_new_tokens or row["last"] in closing
             yield Generated(int(row["number"]), str(row["text"]), int(row["tokens"]), ended=ended)
 

@@ -16,7 +16,7 @@ from jpo_ray.planning.costs import StageCost
 from jpo_ray.planning.machine import Machine, device_memory_gib
 from jpo_ray.planning.memory import BYTES, GIB
 from jpo_ray.planning.shapes import ModelShapes, base_name, is_hub_id, model_folder, model_shapes, weight_files
-from jpo_ray.planning.workers import HELD, STAGES, gpus_of, workers_of
+from jpo_ray.planning.workers import HELD, JUDGING, STAGES, gpus_of, workers_of
 
 CHECKPOINT_BYTES = 12  # of a parameter: itself and two moments in float32
 
@@ -90,10 +90,14 @@ def missing_machine(
     short = [cost for cost in costs if cost.memory_gib is not None and cost.memory_gib > rooms[cost.name]]
     if short:
         worst = max(short, key=lambda cost: cost.memory_gib or 0.0)
-        room = rooms[worst.name]
+        judging = [cost.stage in JUDGING for cost in short]
+        mends = ["lower max_micro_batch_tokens, or set gradient_checkpointing, load_in_4bit or fsdp2"] * (
+            not all(judging)
+        )
+        mends += ["let a smaller model judge"] * any(judging)
         yield (
             f"memory: {', '.join(cost.name for cost in short)} need up to {worst.memory_gib:.0f} GiB a worker, there "
-            f"are {room:.0f}; lower max_micro_batch_tokens, or set gradient_checkpointing, load_in_4bit or fsdp2"
+            f"are {rooms[worst.name]:.0f}; {'; '.join(mends)}"
         )
     if host_gib is not None and host_gib > machine.memory_gib:
         yield (

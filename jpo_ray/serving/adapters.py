@@ -9,7 +9,7 @@ import fcntl
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,13 +99,16 @@ class AdapterStore:
                 raise no_adapter()
             entry = now.pop(name)
             self._write(now)
-        self.discard(entry)
+            self._discard(entry, now)
 
     def discard(self, entry: Listed) -> None:
         """Delete the copy of an adapter that is not on the list; engines that hold its weights need it no more."""
         with _locked(self.root):
-            if all(other.folder != entry.folder for other in self.listed().values()):
-                shutil.rmtree(entry.folder, ignore_errors=True)
+            self._discard(entry, self.listed())
+
+    def _discard(self, entry: Listed, listed: Mapping[str, Listed]) -> None:
+        if all(other.folder != entry.folder for other in listed.values()):
+            shutil.rmtree(entry.folder, ignore_errors=True)
 
     def _checked(self, adapter: Adapter) -> Listed:
         rank = check_adapter(adapter.folder, self._shapes, self._max_rank)
@@ -127,7 +130,8 @@ class AdapterStore:
                     building.rename(target)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
-        assert set(file_hashes(target)) == {ADAPTER_CONFIG, WEIGHTS}
+        if set(file_hashes(target)) != {ADAPTER_CONFIG, WEIGHTS}:
+            raise AdapterError(f"{adapter.name}: the same adapter was removed meanwhile; add it again", 409)
         return replace(entry, folder=str(target))
 
     def _write(self, listed: dict[str, Listed]) -> None:

@@ -108,8 +108,11 @@ class Catalogue:
 
     async def remove_adapter(self, name: str) -> None:
         """Take an adapter off all replicas; answers under way are finished. Raises `AdapterError`."""
+        await finished(self._remove_adapter(name))
+
+    async def _remove_adapter(self, name: str) -> None:
         await asyncio.to_thread(self._store.remove, name)
-        await finished(self._loaded.forget())
+        await self._loaded.forget()
 
 
 def _card(name: str, parent: str | None, beta: float | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ room before another one comes.
 """
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -14,9 +13,9 @@ from typing import Any, TypeVar
 
 from jpo_ray.serving.adapter_checks import AdapterError
 from jpo_ray.serving.adapters import AdapterStore, Listed, name_taken, no_adapter
+from jpo_ray.serving.guard import LOGGER
 
 ROOM_TIMEOUT_S = 30.0  # for answers of removed adapters to end
-LOGGER = logging.getLogger("ray.serve")
 Result = TypeVar("Result")
 
 
@@ -41,10 +40,10 @@ class LoadedAdapters:
     @asynccontextmanager
     async def held(self, entry: Listed) -> AsyncIterator[None]:
         """The adapter is in the engine until the block ends. Raises `AdapterError` where it cannot be loaded."""
-        if self._loaded.get(entry.name) != entry or len(self._loaded) > len(self._store.listed()):
-            await finished(self._load(entry))
-        self._in_use[entry.folder] += 1
+        self._in_use[entry.folder] += 1  # before it is loaded: nobody takes it out in between
         try:
+            if self._loaded.get(entry.name) != entry or len(self._loaded) > len(self._store.listed()):
+                await finished(self._load(entry))
             yield
         finally:
             self._in_use[entry.folder] -= 1

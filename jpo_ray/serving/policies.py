@@ -1,6 +1,5 @@
 """The SFT model, adapters on it and whole models, ready to score with the engine that trained them."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from jpo_ray.data.tokens import TokenizedItems, tokenize
 from jpo_ray.serving.adapters import AdapterStore, Listed
+from jpo_ray.serving.guard import LOGGER
 from jpo_ray.serving.plan import EnginePlan, Plan
 
 PASS_TOKENS = 4096  # that go through the model at a time
@@ -16,7 +16,6 @@ PARTS = ("instruction", "response")
 Asked = tuple[str, list[tuple[str, str]]]  # a model, and items as (instruction, response)
 GONE, FAILED = "gone", "failed"  # why there are no scores
 Scores = list[dict[str, Any]] | str  # of each item; or one of these
-LOGGER = logging.getLogger("ray.serve")
 
 
 class Policies:

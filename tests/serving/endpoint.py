@@ -47,7 +47,9 @@ def serving(run_dir: Path, folder: Path, *overrides: str, keys: bool = True) -> 
     shown = folder / "shown.txt"
     command = [str(Path(sys.executable).with_name("jpo")), "serve", "--run-dir", str(run_dir), "port=0", *overrides]
     with shown.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=environment)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, text=True, env=environment, preexec_fn=_hear_ctrl_c
+        )
     try:
         yield Endpoint(_address(process, shown), run_dir, process, shown)
     finally:
@@ -57,6 +59,11 @@ def serving(run_dir: Path, folder: Path, *overrides: str, keys: bool = True) -> 
                 process.wait(90)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _hear_ctrl_c() -> None:
+    """What runs in the background ignores SIGINT, and so would whatever it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _address(process: "subprocess.Popen[str]", shown: Path) -> str:
