@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from jpo_ray.artifacts import Manifest
+from jpo_ray.engine.bases import base_of_adapter, hub_base, named_base
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json, write_json
-from jpo_ray.pipeline.bases import base_of_adapter, hub_base, named_base
 from jpo_ray.pipeline.model_card import Exported, model_card
 from jpo_ray.runs import RunDir
 

@@ -1,6 +1,5 @@
 """The model card (README.md) of an exported model: what it is, what it was made from, how good it is, how to use it."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any
 from jpo_ray import __version__
 from jpo_ray.artifacts import Manifest
 from jpo_ray.config import TrainConfig
+from jpo_ray.engine.bases import is_on_hub
 from jpo_ray.files import read_json
 from jpo_ray.pipeline.card_program import how_to_use
 from jpo_ray.runs import RunDir
 
-ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-OF_FILES = {".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".safetensors"}
 SHOWN = (  # of a training's keys, besides those of its objective
     "learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
     "comparisons_per_step", "max_batch_tokens", "batching", "max_train_comparisons", "items_per_step", "lora_r",
@@ -77,18 +75,6 @@ def _config_of(run: RunDir) -> dict[str, Any]:
 def _sources(config: dict[str, Any]) -> list[str]:
     items = config.get("items") or {}
     return list(dict.fromkeys(source["path"] for split in ("train", "sft") for source in items.get(split) or []))
-
-
-def is_on_hub(run: RunDir, name: str) -> bool:
-    """Whether a name is certainly no path: neither by its look, nor by what the run read, nor by what stands here."""
-    if not ON_HUB.fullmatch(name) or Path(name).suffix.lower() in OF_FILES:
-        return False
-    items = run.manifest("items")
-    read = items.inputs.items() if items else ()
-    if any(key.partition(":")[2] == name and found != name for key, found in read):  # the hash of a file or folder
-        return False
-    places = (Path.cwd(), *run.root.absolute().parents)
-    return not any((place / name).exists() or (place / name).parent.is_dir() for place in places)
 
 
 def _named(run: RunDir, path: str) -> str:

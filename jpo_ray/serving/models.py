@@ -10,9 +10,9 @@ from jpo_ray.cache import cache_folder
 from jpo_ray.config import BaseModelConfig, TrainConfig
 from jpo_ray.config_serve import ServeConfig
 from jpo_ray.data.tokens import Layout
+from jpo_ray.engine.bases import base_of_adapter, own_base
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
-from jpo_ray.pipeline.bases import base_of_adapter, own_base
 from jpo_ray.runs import RunDir
 from jpo_ray.store import location
 

@@ -278,7 +278,10 @@ def test_without_a_held_out_split_a_judge_or_joint_pairs(
     assert cluster.calls == ["embed", "tiles", "sft", "score 108", "train-jpo", "sample 12 with transformers"]
 
 
-def test_without_sft_the_base_model_is_the_reference(tmp_path: Path, cluster: Cluster) -> None:
+def test_without_sft_the_base_model_is_the_reference(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JPO_CACHE", str(tmp_path / "cache"))  # others score the same model's same items
     config = small_config(sft=None, train=[JPO], sample=None, evaluate=None)
     run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "sft").exists()

@@ -1,13 +1,15 @@
 """The base of a run's adapters: the run's own, or the model that they name, wherever that is now."""
 
+import re
 from pathlib import Path
 
 from jpo_ray.artifacts import Manifest
 from jpo_ray.cache import cache_folder
 from jpo_ray.files import read_json
-from jpo_ray.pipeline.model_card import is_on_hub
 from jpo_ray.runs import RunDir
 
+ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+OF_FILES = {".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".safetensors"}
 OWN = ("sft", "base")  # artifacts that are the base of a run's adapters: fine-tuned, or an SFT adapter merged
 
 
@@ -43,3 +45,15 @@ def hub_base(run: RunDir, manifest: Manifest) -> str | None:
 
 def named_base(folder: Path) -> str:
     return str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+
+
+def is_on_hub(run: RunDir, name: str) -> bool:
+    """Whether a name is certainly no path: neither by its look, nor by what the run read, nor by what stands here."""
+    if not ON_HUB.fullmatch(name) or Path(name).suffix.lower() in OF_FILES:
+        return False
+    items = run.manifest("items")
+    read = items.inputs.items() if items else ()
+    if any(key.partition(":")[2] == name and found != name for key, found in read):  # the hash of a file or folder
+        return False
+    places = (Path.cwd(), *run.root.absolute().parents)
+    return not any((place / name).exists() or (place / name).parent.is_dir() for place in places)
