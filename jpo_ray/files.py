@@ -1,5 +1,6 @@
 """Files written whole or not at all, and their hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,25 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(folder: Path) -> None:
+    """Have `folder` and all that is below it on disk: after a rename a power cut leaves no empty files behind."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            flush_one(path)
+
+
+def flush_one(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot do it with a folder
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The run directory: every path in it, artifacts that exist whole or not at all, and the lease that guards it.
 
-An artifact is a folder whose `manifest.json` is written last. It is built aside, under `.building/`, and renamed into
-place, so a reader never meets half of one. Its fingerprint hashes what it was made from (the config slice, the
-fingerprints of its inputs); a stage whose fingerprint stands already is skipped, any other is built again.
+An artifact is a folder whose `manifest.json` is written last. It is built aside, under `.building/`, flushed to disk
+and renamed into place, so a reader never meets half of one, also after a power cut. Its fingerprint hashes what it was
+made from (the config slice, the fingerprints of its inputs); a stage whose fingerprint stands already is skipped, any
+other is built again.
 
 A run directory may be a URI of an object store. What happens then happens in a working copy on this machine, artifacts
 are copied to the store as they are finished, and what stands is what stands there.
@@ -28,7 +29,7 @@ from jpo_ray.artifacts import (
     stage_fingerprint,
 )
 from jpo_ray.errors import InputError
-from jpo_ray.files import file_hashes, read_json, write_json
+from jpo_ray.files import file_hashes, flush, flush_one, read_json, write_json
 from jpo_ray.lease import FileLease, hold_lease
 from jpo_ray.store import Store, is_uri
 from jpo_ray.store_lease import CLAIMS, StoreLease
@@ -185,15 +186,15 @@ class RunDir:
         if self._store is not None:
             commit_artifact(self._store, artifact, built, manifest)
             self._forget_partial(artifact)
+        flush(built)
         target = self.root / artifact
         target.parent.mkdir(parents=True, exist_ok=True)
+        old = self.root / ".building" / f"old-{secrets.token_hex(4)}"
         if target.exists():
-            old = self.root / ".building" / f"old-{secrets.token_hex(4)}"
             target.rename(old)
-            built.rename(target)
-            shutil.rmtree(old, ignore_errors=True)  # a training beside this one may delete it too
-        else:
-            built.rename(target)
+        built.rename(target)
+        flush_one(target.parent)  # the old one is gone only where the new one stands, whatever happens
+        shutil.rmtree(old, ignore_errors=True)  # there may be none, and a training beside this one may delete it too
 
 
 def _link_or_copy(source: str, target: str) -> None:

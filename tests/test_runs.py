@@ -137,6 +137,40 @@ def test_a_build_beside_this_one_may_delete_what_this_one_replaced(
     assert (run.path("items") / "data.txt").read_text() == "new"
 
 
+def test_what_is_renamed_into_place_is_on_disk_before(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a manifest never stands beside files that are empty, and no old version is gone too early."""
+    done: list[str] = []
+    fsync, rename, rmtree = os.fsync, Path.rename, shutil.rmtree
+
+    def flushed(handle: int) -> None:
+        done.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    def renamed(source: Path, target: Path) -> Path:
+        done.append(f"to {target}")
+        return rename(source, target)
+
+    def removed(path: Path, **options: Any) -> None:
+        done.append("removed")
+        rmtree(path, **options)
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "data.txt").write_text("abc")
+        return {}
+
+    build(run, x=1)
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    manifest = run.build("items", inputs={}, config={"x": 2}, make=make)[0]
+    built = run.root / ".building" / f"items-{manifest.fingerprint}"
+    committed = done.index(f"to {run.path('items')}")
+    for name in ("", "deep", "deep/data.txt", "manifest.json"):
+        assert str(built / name) in done[:committed]
+    assert done[committed + 1 : committed + 3] == [str(run.root), "removed"]
+
+
 def test_artifacts_whose_names_begin_alike_are_apart(run: RunDir) -> None:
     with pytest.raises(OSError, match="disk full"):
         run.build("train/jpo", inputs={}, config={}, make=fail, keep_partial=True)
