@@ -7,10 +7,10 @@ object stores.
 
 import fcntl
 import json
+import logging
 import os
-import secrets
+import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,21 +19,33 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jpo_ray.errors import InputError
+from jpo_ray.lease_holder import is_gone, this_process
 
+LOGGER = logging.getLogger(__name__)
 LEASE_EXPIRES_S = 60.0
 HEARTBEAT_S = 5.0
 INTERRUPT = signal.SIGUSR1  # to the main thread; a run in the background may ignore Ctrl-C's signal
 
 
+class InUse(InputError):
+    """Another run has the lease."""
+
+
+class LeaseLost(InputError):
+    """The lease is another run's by now, or nobody's."""
+
+
 class Lease(Protocol):
     """What one run at a time holds."""
 
+    name: str
+
     def acquire(self) -> None:
-        """Take it. Raises `InputError` where a living run has it."""
+        """Take it. Raises `InUse` where a living run has it."""
         ...
 
-    def beat(self) -> Exception | None:
-        """Say that the holder lives; an error where the lease is lost."""
+    def beat(self) -> None:
+        """Say that the holder lives. Raises `LeaseLost`, or anything else where that could not be said this time."""
         ...
 
     def release(self) -> None:
@@ -42,64 +54,117 @@ class Lease(Protocol):
 
 
 @contextmanager
-def hold_lease(lease: Lease) -> Iterator[None]:
+def hold_lease(lease: Lease, wait_s: float = 0.0) -> Iterator[None]:
     """Hold a lease until the block ends.
 
-    Raises `InputError` where another living run holds it, or took it over meanwhile: that, or whatever else loses it,
+    Raises `InputError` where another living run holds it (for longer than `wait_s`), or took it over meanwhile, and
+    `TimeoutError` where nothing could be said to others for as long as they wait before they take it over. Either
     interrupts the block as Ctrl-C does.
     """
-    lease.acquire()
+    _acquire(lease, wait_s)
     stop = threading.Event()
     lost: list[Exception] = []
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(INTERRUPT, _interrupt) if in_main else None
 
     def beat() -> None:
-        while not stop.wait(HEARTBEAT_S):
-            if (reason := lease.beat()) is not None:
-                lost.append(reason)
-                if in_main:
-                    os.kill(os.getpid(), INTERRUPT)
-                return
+        if (reason := _beat_until(stop, lease)) is not None:
+            lost.append(reason)
+            if in_main:
+                os.kill(os.getpid(), INTERRUPT)
 
     thread = threading.Thread(target=beat, daemon=True, name="lease-heartbeat")
     thread.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+        if lost:  # not in the main thread, or just now
+            raise lost[0]
     except KeyboardInterrupt as interrupt:
         if lost:
             raise lost[0] from interrupt
         raise
     finally:
-        stop.set()
-        thread.join()
         if handler is not None:  # None: not the main thread, or a handler that Python cannot put back
             signal.signal(INTERRUPT, handler)
         lease.release()
 
 
-def in_use(name: str, holder: dict[str, Any]) -> InputError:
-    return InputError(
+def _acquire(lease: Lease, wait_s: float) -> None:
+    until_s, told = time.monotonic() + wait_s, False
+    while True:
+        try:
+            return lease.acquire()
+        except InUse as error:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise
+            if not told:
+                LOGGER.warning("%s: waiting for up to %.0f s", error, wait_s)
+                told = True
+        time.sleep(min(left_s, HEARTBEAT_S * random.uniform(0.5, 1.0)))  # two that wait do not come at once each time
+
+
+def _beat_until(stop: threading.Event, lease: Lease) -> Exception | None:
+    """Beat until told to stop; returns why the lease is lost.
+
+    Whatever goes wrong with one beat, the next may go well: only silence for too long loses the lease.
+    """
+    heard_s = time.monotonic()
+    while not stop.wait(HEARTBEAT_S):
+        started_s = time.monotonic()
+        try:
+            lease.beat()
+            heard_s = started_s
+        except LeaseLost as lost:
+            return lost
+        except Exception as error:
+            if time.monotonic() - heard_s > LEASE_EXPIRES_S:
+                return _silent(lease.name, error)
+    return None
+
+
+def _silent(name: str, error: Exception) -> Exception:
+    reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    silent = TimeoutError(
+        f"{name}: could not be reached for {LEASE_EXPIRES_S:.0f} s, and another run may take it over ({reason}); this "
+        "one has stopped"
+    )
+    silent.__cause__ = error
+    return silent
+
+
+def in_use(name: str, holder: dict[str, Any]) -> InUse:
+    return InUse(
         f"{name}: in use by another run (process {holder.get('pid')} on {holder.get('host')}); wait for it, "
         f"stop it, or use another --run-dir (a dead run's hold ends after {LEASE_EXPIRES_S:.0f} s)"
     )
 
 
-def taken_over(name: str) -> InputError:
-    return InputError(
+def same_moment(name: str) -> InUse:
+    return InUse(f"{name}: taken by another run at the same moment; try again")
+
+
+def taken_over(name: str) -> LeaseLost:
+    return LeaseLost(
         f"{name}: another run took it over while this one was silent for more than {LEASE_EXPIRES_S:.0f} s "
         "(a suspended machine?); this one has stopped"
     )
 
 
-def this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
+def gone(name: str) -> LeaseLost:
+    return LeaseLost(
+        f"{name}: the lease of this run is gone from there (deleted, or taken over by a run that has ended since); "
+        "this one has stopped"
+    )
 
 
 def is_dead(holder: dict[str, Any], silent_s: float) -> bool:
-    """Whether a holder's process on this machine is gone, or it has been silent too long."""
-    here = holder.get("host") == socket.gethostname()
-    return (here and not _alive(int(holder.get("pid", 0)))) or silent_s > LEASE_EXPIRES_S
+    """Whether a holder has been silent too long, or was a process that this one would see, and is gone."""
+    return silent_s > LEASE_EXPIRES_S or is_gone(holder)
 
 
 class FileLease:
@@ -108,7 +173,6 @@ class FileLease:
     def __init__(self, path: Path) -> None:
         self._path, self._owner = path, this_process()
         self.name = str(path.parent)
-        self._seen = time.monotonic()
 
     def acquire(self) -> None:
         path = self._path
@@ -121,33 +185,34 @@ class FileLease:
             raise InputError(f"{self.name}: cannot be written ({error.strerror})") from error
         try:
             with _alone(path.parent):
-                _remove_if_dead(path)
+                _remove_if_dead(path, staged)
                 os.link(staged, path)  # atomic, and fails where a lease stands; its content is complete from the start
         except FileExistsError as error:
-            raise InputError(f"{path.parent}: taken by another run at the same moment; try again") from error
+            raise same_moment(self.name) from error
         finally:
             staged.unlink()
 
-    def beat(self) -> Exception | None:
+    def beat(self) -> None:
         try:
             with _alone(self._path.parent):
-                if not self._is_mine():
-                    return taken_over(self.name)
+                self._require_mine()
                 os.utime(self._path)
-        except OSError as error:  # a folder that is gone, or a network disk that may come back
-            if self._path.parent.is_dir() and time.monotonic() - self._seen < LEASE_EXPIRES_S:
-                return None
-            return InputError(f"{self.name}: cannot be reached any more ({error.strerror}); this run has stopped")
-        self._seen = time.monotonic()
-        return None
+        except FileNotFoundError as error:
+            raise LeaseLost(
+                f"{self.name}: cannot be reached any more ({error.strerror}); this run has stopped"
+            ) from error
 
     def release(self) -> None:
-        with suppress(OSError), _alone(self._path.parent):  # it may be gone
-            if self._is_mine():
-                self._path.unlink(missing_ok=True)
+        with suppress(OSError, LeaseLost), _alone(self._path.parent):  # it may be gone
+            self._require_mine()
+            self._path.unlink(missing_ok=True)
 
-    def _is_mine(self) -> bool:
-        return bool(_holder(self._path).get("token") == self._owner["token"])
+    def _require_mine(self) -> None:
+        found = _read(self._path)
+        if found is None and self._path.parent.exists():
+            raise gone(self.name)
+        if found is not None and found[0].get("token") != self._owner["token"]:
+            raise taken_over(self.name)
 
 
 def _interrupt(_number: int, _frame: Any) -> None:
@@ -166,31 +231,29 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _remove_if_dead(path: Path) -> None:
-    """Remove an expired lease; raise `InputError` where its run lives."""
-    try:
-        silent_s = time.time() - path.stat().st_mtime
-    except FileNotFoundError:
+def _remove_if_dead(path: Path, staged: Path) -> None:
+    """Remove an expired lease; raise `InUse` where its run lives.
+
+    How long it has been silent is told by one clock, the file system's: that of a server of network disks may differ
+    from this machine's. So `staged`, a file beside it, is touched to know what time it is there.
+    """
+    if (found := _read(path)) is None:
         return
-    holder = _holder(path)
-    if not is_dead(holder, silent_s):
+    holder, beaten_s = found
+    os.utime(staged)
+    if not is_dead(holder, staged.stat().st_mtime - beaten_s):
         raise in_use(str(path.parent), holder)
     path.unlink(missing_ok=True)
 
 
-def _holder(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], float] | None:
+    """What a lease says, and when it was last touched. Opened, since network disks tell the newest only then."""
     try:
-        holder: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return holder
-
-
-def _alive(pid: int) -> bool:
+        with path.open("rb") as file:
+            content, touched_s = file.read(), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
+        return dict(json.loads(content)), touched_s
+    except (ValueError, TypeError):  # damaged, or another program's
+        return {}, touched_s

@@ -8,12 +8,12 @@ after it wakes up; it finds its claim gone then, and stops.
 """
 
 import json
-import time
 from contextlib import suppress
 from typing import Any
 
 from jpo_ray import lease
 from jpo_ray.errors import InputError
+from jpo_ray.lease_holder import this_process
 from jpo_ray.store import Store, StoreError
 
 CLAIMS = "lease"
@@ -24,10 +24,10 @@ class StoreLease:
 
     def __init__(self, store: Store) -> None:
         self.name = store.shown()
-        self._store, self._owner = store, lease.this_process()
+        self._store, self._owner = store, this_process()
         self._mine = f"{self._owner['token']}.json"
         self._dead: set[str] = set()  # claims that this one took over
-        self._last_s, self._silent = 0.0, False  # the last time the claim was written, and whether that fails now
+        self._silent = False  # whether the store did not answer at last
 
     def acquire(self) -> None:
         """Raises `InputError` also where the store refuses to be written."""
@@ -35,7 +35,7 @@ class StoreLease:
             self._claim()
             times = self._store.times(CLAIMS)
             if self._mine not in times:
-                raise InputError(f"{self.name}: taken by another run at the same moment; try again")
+                raise lease.same_moment(self.name)
             now = times.pop(self._mine)
             for name, written in times.items():
                 holder = self._holder(name)
@@ -49,20 +49,16 @@ class StoreLease:
         except StoreError as error:
             raise InputError(f"--run-dir {error}") from error
 
-    def beat(self) -> Exception | None:
-        """Lost also where the store did not answer for as long as others wait before they take a lease over."""
-        try:
-            names = self._store.times(CLAIMS)
-            for name in self._dead & names.keys():  # of a holder that slept while it wrote
-                self._store.delete(f"{CLAIMS}/{name}")
-            if self._mine not in names:
-                return lease.taken_over(self.name)
+    def beat(self) -> None:
+        self._silent = True
+        names = self._store.times(CLAIMS).keys()
+        for name in self._dead & names:  # of a holder that slept while it wrote
+            self._store.delete(f"{CLAIMS}/{name}")
+        if self._mine in names:
             self._claim()
-        except StoreError as error:
-            self._silent = True
-            if time.monotonic() - self._last_s > lease.LEASE_EXPIRES_S:
-                return error
-        return None
+        self._silent = False
+        if self._mine not in names:
+            raise lease.taken_over(self.name) if names - self._dead else lease.gone(self.name)
 
     def release(self) -> None:
         """A claim that cannot be taken back expires."""
@@ -71,13 +67,11 @@ class StoreLease:
                 self._store.delete(f"{CLAIMS}/{self._mine}")
 
     def _claim(self) -> None:
-        started = time.monotonic()
         self._store.write(f"{CLAIMS}/{self._mine}", json.dumps(self._owner).encode())
-        self._last_s, self._silent = started, False
 
     def _holder(self, name: str) -> dict[str, Any] | None:
         content = self._store.read(f"{CLAIMS}/{name}")
         try:
             return None if content is None else dict(json.loads(content))
-        except ValueError:
+        except (ValueError, TypeError):  # damaged, or another program's
             return {}

@@ -1,10 +1,13 @@
 """Artifacts exist whole or not at all; a run directory has one holder at a time."""
 
+import errno
 import json
 import multiprocessing
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from jpo_ray import lease
 from jpo_ray.artifacts import FORMAT, stage_fingerprint
 from jpo_ray.errors import InputError
 from jpo_ray.files import file_hashes, write_json
+from jpo_ray.lease_holder import this_process
 from jpo_ray.runs import RunDir, open_run
 
 DEAD_PID = 2**22 + 1  # above the largest that Linux gives out
@@ -38,6 +42,13 @@ def fail(folder: Path) -> dict[str, Any]:
 def build(run: RunDir, text: str = "abc", artifact: str = "items", **config: Any) -> bool:
     """Build an artifact whose config is `config`; whether it was built now."""
     return run.build(artifact, inputs={}, config=config, make=write(text))[1]
+
+
+def wait_until(reached: Callable[[], bool], limit_s: float = 10) -> None:
+    deadline = time.monotonic() + limit_s
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -241,32 +252,101 @@ def test_a_second_holder_is_refused_by_the_firsts_pid(tmp_path: Path) -> None:
         pass
 
 
-def leave_lease(root: Path, host: str, pid: int, age_s: float = 0) -> None:
+def leave_lease(root: Path, age_s: float = 0, **holder: Any) -> None:
+    """The lease of a process of this machine, but for what `holder` says."""
     with open_run(root):
         pass
     path = root / "lease.json"
-    path.write_text(json.dumps({"host": host, "pid": pid, "token": "t"}))
+    path.write_text(json.dumps(this_process() | holder))
     os.utime(path, (time.time() - age_s, time.time() - age_s))
 
 
-def test_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
-    leave_lease(tmp_path, socket.gethostname(), DEAD_PID)
+ELSEWHERE = {"host": "elsewhere", "boot": "another", "pid": 1}
+
+
+@pytest.mark.parametrize("holder", [{"pid": DEAD_PID}, {"pid": os.getpid(), "started": 1}])
+def test_a_dead_process_of_this_machine_is_taken_over_at_once(holder: dict[str, Any], tmp_path: Path) -> None:
+    """Also where another process has its id by now."""
+    leave_lease(tmp_path, **holder)
     with open_run(tmp_path):
-        assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / "lease.json").read_text()) == this_process() | {
+            "token": json.loads((tmp_path / "lease.json").read_text())["token"]
+        }
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [{"boot": "another"}, {"pid_namespace": "pid:[1]"}, {"boot": None}, {"host": "elsewhere", "pid": os.getpid()}],
+)
+def test_what_cannot_be_seen_from_here_is_waited_for(holder: dict[str, Any], tmp_path: Path) -> None:
+    """Machines of the same name, another container, one without /proc; and this process under another name."""
+    leave_lease(tmp_path, **({"pid": DEAD_PID} | holder))
+    with pytest.raises(InputError, match="in use by another run"), open_run(tmp_path):
+        pass
 
 
 def test_another_machine_is_waited_for_until_it_is_silent(tmp_path: Path) -> None:
-    leave_lease(tmp_path, "elsewhere", 1, age_s=lease.LEASE_EXPIRES_S - 20)
+    leave_lease(tmp_path, age_s=lease.LEASE_EXPIRES_S - 20, **ELSEWHERE)
     with pytest.raises(InputError, match="process 1 on elsewhere"), open_run(tmp_path):
         pass
-    leave_lease(tmp_path / "silent", "elsewhere", 1, age_s=lease.LEASE_EXPIRES_S + 20)
+    leave_lease(tmp_path / "silent", age_s=lease.LEASE_EXPIRES_S + 20, **ELSEWHERE)
     with open_run(tmp_path / "silent"):
         assert json.loads((tmp_path / "silent" / "lease.json").read_text())["pid"] == os.getpid()
 
 
-def test_a_broken_lease_is_waited_for_too(tmp_path: Path) -> None:
-    leave_lease(tmp_path, "-", 1)
-    (tmp_path / "lease.json").write_text("{half")
+@pytest.mark.parametrize("ahead_s", [-3600, 3600])
+def test_a_clock_that_differs_from_the_disks_makes_nobody_dead(
+    ahead_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_lease(tmp_path, **ELSEWHERE)
+    leave_lease(tmp_path / "silent", age_s=lease.LEASE_EXPIRES_S + 20, **ELSEWHERE)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + ahead_s)
+    with pytest.raises(InputError, match="process 1 on elsewhere"), open_run(tmp_path):
+        pass
+    with open_run(tmp_path / "silent"):
+        pass
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from jpo_ray.errors import InputError
+from jpo_ray.runs import open_run
+try:
+    with open_run(Path(sys.argv[1])):
+        print("open", flush=True)
+        sys.stdin.read()
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--mount-proc"]])
+@pytest.mark.parametrize("apart", ["first", "second", "both"])
+def test_processes_of_other_containers_are_not_taken_for_dead(apart: str, flags: list[str], tmp_path: Path) -> None:
+    """In PID namespaces of their own, as containers that share a run directory and the name of their machine; without a
+    /proc of its own a process sees there what is in the other one.
+    """
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", *flags]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("PID namespaces take root")
+    here = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
+    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first, second = (unshare if apart in (each, "both") else [] for each in ("first", "second"))
+    with subprocess.Popen([*first, *here], **piped) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        done = subprocess.run([*second, *here], input="", capture_output=True, text=True, check=True, timeout=60)
+        assert ": in use by another run (process " in done.stdout
+        assert holder.communicate("", timeout=60)[0] == ""
+    assert not (tmp_path / "run" / "lease.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{half", "[1]", "\udcff"])
+def test_a_broken_lease_is_waited_for_too(content: str, tmp_path: Path) -> None:
+    leave_lease(tmp_path)
+    (tmp_path / "lease.json").write_text(content, errors="surrogateescape")
     with pytest.raises(InputError, match="in use by another run"), open_run(tmp_path):
         pass
 
@@ -275,9 +355,7 @@ def test_a_living_holder_touches_its_lease(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
     with open_run(tmp_path):
         os.utime(tmp_path / "lease.json", (0, 0))
-        deadline = time.monotonic() + 10
-        while (tmp_path / "lease.json").stat().st_mtime == 0 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: (tmp_path / "lease.json").stat().st_mtime > 0)
         assert time.time() - (tmp_path / "lease.json").stat().st_mtime < 10
 
 
@@ -296,7 +374,7 @@ def take(root: Path, start: Any, results: Any) -> None:
 def test_of_two_processes_one_wins(left: str, tmp_path: Path) -> None:
     """In a new folder, and where both find the lease of a dead run."""
     if left == "dead":
-        leave_lease(tmp_path, socket.gethostname(), DEAD_PID)
+        leave_lease(tmp_path, pid=DEAD_PID)
     spawn = multiprocessing.get_context("spawn")
     start, results = spawn.Barrier(2), spawn.Queue()
     workers = [spawn.Process(target=take, args=(tmp_path, start, results)) for _ in range(2)]
@@ -311,15 +389,15 @@ def test_of_two_processes_one_wins(left: str, tmp_path: Path) -> None:
 
 def test_of_many_that_find_a_dead_lease_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sees it dead, then pauses before removing it: without a lock the last would remove a living one."""
-    alive = lease._alive
+    is_gone = lease.is_gone
 
-    def slowly(pid: int) -> bool:
-        answer = alive(pid)
+    def slowly(holder: dict[str, Any]) -> bool:
+        answer = is_gone(holder)
         time.sleep(0.02)
         return answer
 
-    leave_lease(tmp_path, socket.gethostname(), DEAD_PID)
-    monkeypatch.setattr(lease, "_alive", slowly)
+    leave_lease(tmp_path, pid=DEAD_PID)
+    monkeypatch.setattr(lease, "is_gone", slowly)
     outcomes: list[str] = []
     done = threading.Barrier(6)
 
@@ -358,6 +436,77 @@ def test_a_run_that_lost_its_lease_is_stopped_and_told(tmp_path: Path, monkeypat
     with pytest.raises(InputError, match=r"another run took it over .* this one has stopped"):
         suspended()
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == "other"
+
+
+def test_a_run_whose_lease_is_deleted_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
+
+    def lose_it() -> None:
+        with open_run(tmp_path):
+            (tmp_path / "lease.json").unlink()
+            time.sleep(20)
+
+    with pytest.raises(InputError, match=r"the lease of this run is gone from there \(deleted, or .* has stopped"):
+        lose_it()
+    assert not (tmp_path / "lease.json").exists()
+
+
+class Failing:
+    """A lease whose beats fail, from the second one on, `times` times."""
+
+    name = "a run"
+
+    def __init__(self, error: Exception, times: float) -> None:
+        self.error, self.times, self.beats, self.released = error, times, 0, False
+
+    def acquire(self) -> None:
+        pass
+
+    def beat(self) -> None:
+        self.beats += 1
+        if 1 < self.beats <= self.times + 1:
+            raise self.error
+
+    def release(self) -> None:
+        self.released = True
+
+
+ERRORS = [OSError(errno.EIO, "Input/output error"), FileNotFoundError("x"), AttributeError("no dict"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_beats_that_fail_for_whatever_reason_are_tried_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
+    held = Failing(error, 3)
+    with lease.hold_lease(held):
+        wait_until(lambda: held.beats > 6)
+    assert held.released
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_run_that_is_silent_too_long_stops(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(lease, "LEASE_EXPIRES_S", 0.3)
+    held, started = Failing(error, float("inf")), time.monotonic()
+    said = r"^a run: could not be reached for 0 s, .* this one has stopped$"
+    with pytest.raises(TimeoutError, match=said) as caught, lease.hold_lease(held):
+        time.sleep(20)
+    assert 0.3 < time.monotonic() - started < 10
+    assert caught.value.__cause__ is not None
+    assert held.released
+
+
+def test_a_disk_that_cannot_be_read_for_a_while_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is too long stands for any disk that says no."""
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
+    held = lease.FileLease(tmp_path / "lease.json")
+    with lease.hold_lease(held):
+        held._path = tmp_path / ("x" * 300)
+        time.sleep(0.3)
+        held._path = tmp_path / "lease.json"
+        os.utime(held._path, (0, 0))
+        wait_until(lambda: held._path.stat().st_mtime > 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_is_not_taken_for_a_lost_lease(tmp_path: Path) -> None:

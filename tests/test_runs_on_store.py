@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from s3 import S3
 from jpo_ray import lease
 from jpo_ray.errors import InputError
 from jpo_ray.lease import hold_lease
+from jpo_ray.lease_holder import this_process
 from jpo_ray.runs import RunDir, open_run
 from jpo_ray.store import Store
 from jpo_ray.store_lease import CLAIMS, StoreLease
@@ -230,8 +231,14 @@ def claims(uri: str) -> list[str]:
     return Store(uri).names(CLAIMS)
 
 
-def leave_claim(uri: str, host: str, pid: int) -> None:
-    Store(uri).write(f"{CLAIMS}/other.json", json.dumps({"host": host, "pid": pid, "token": "other"}).encode())
+DEAD = {"pid": DEAD_PID}
+ELSEWHERE = {"host": "elsewhere", "boot": "another", "pid": 1}
+
+
+def leave_claim(uri: str, holder: dict[str, Any]) -> None:
+    """Of a process of this machine, but for what `holder` says."""
+    claim = this_process() | holder | {"token": "other"}
+    Store(uri).write(f"{CLAIMS}/other.json", json.dumps(claim).encode())
 
 
 def test_a_run_directory_is_marked_and_its_lease_ends_with_it(uri: str) -> None:
@@ -253,14 +260,14 @@ def test_a_run_directory_is_marked_and_its_lease_ends_with_it(uri: str) -> None:
 
 
 def test_the_lease_of_a_dead_process_here_is_taken_over(uri: str) -> None:
-    leave_claim(uri, socket.gethostname(), DEAD_PID)
+    leave_claim(uri, DEAD)
     with open_run(uri):
         assert claims(uri) != ["other.json"]
         assert len(claims(uri)) == 1
 
 
 def test_a_silent_holder_elsewhere_is_waited_for_until_it_expires(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_claim(uri, "elsewhere", 1)
+    leave_claim(uri, ELSEWHERE)
     with pytest.raises(InputError, match=r"process 1 on elsewhere"), open_run(uri):
         pass
     assert claims(uri) == ["other.json"]
@@ -270,29 +277,40 @@ def test_a_silent_holder_elsewhere_is_waited_for_until_it_expires(uri: str, monk
         assert claims(uri) != ["other.json"]
 
 
-def test_a_run_that_lost_its_lease_is_stopped_and_told(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("taken", "said"),
+    [
+        (True, r"^s3://.*: another run took it over while this one was silent"),
+        (False, r"^s3://.*: the lease of this run is gone from there \(deleted, or .*this one has stopped$"),
+    ],
+)
+def test_a_run_that_lost_its_lease_is_stopped_and_told(
+    uri: str, taken: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
 
     def lose_it() -> None:
         with open_run(uri):
             (claim,) = claims(uri)
+            if taken:
+                leave_claim(uri, ELSEWHERE)
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline:  # a claim may be written just after it was deleted
                 Store(uri).delete(f"{CLAIMS}/{claim}")
                 time.sleep(0.05)
 
-    with pytest.raises(InputError, match=r"^s3://.*: another run took it over"):
+    with pytest.raises(InputError, match=said):
         lose_it()
-    assert claims(uri) == []
+    assert claims(uri) == ["other.json"] * taken
 
 
 def test_a_claim_that_comes_back_late_is_deleted_again(uri: str) -> None:
     """Its holder slept between looking at its claim and writing it."""
-    leave_claim(uri, socket.gethostname(), DEAD_PID)
+    leave_claim(uri, DEAD)
     held = StoreLease(Store(uri))
     held.acquire()
-    leave_claim(uri, "elsewhere", 1)
-    assert held.beat() is None
+    leave_claim(uri, ELSEWHERE)
+    held.beat()
     assert "other.json" not in claims(uri)
     held.release()
     assert claims(uri) == []
@@ -303,16 +321,28 @@ def test_a_store_that_is_silent_as_long_as_a_lease_lasts_ends_the_run(
 ) -> None:
     monkeypatch.setattr("jpo_ray.store.REQUEST_S", 1.0)
     monkeypatch.setattr("jpo_ray.store.ATTEMPTS", 1)
-    held = StoreLease(Store(uri))
-    held.acquire()
-    s3_server.freeze()
-    try:
-        assert held.beat() is None
-        monkeypatch.setattr(lease, "LEASE_EXPIRES_S", 0.5)
-        assert "no answer from 127.0.0.1" in str(held.beat())
-        held.release()  # at once: nobody is asked again
-    finally:
-        s3_server.thaw()
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lease, "LEASE_EXPIRES_S", 0.5)
+    ended = float("inf")
+
+    def silent() -> None:
+        nonlocal ended
+        with hold_lease(StoreLease(Store(uri))):
+            s3_server.freeze()
+            try:
+                time.sleep(30)
+            finally:
+                ended = time.monotonic()
+
+    with pytest.raises(TimeoutError, match=r"^s3://.* could not be reached .* no answer from 127.0.0.1"):
+        silent()
+    assert time.monotonic() - ended < 0.5  # it is not asked once more
+
+
+@pytest.fixture(autouse=True)
+def _thawed(s3_server: S3) -> Iterator[None]:
+    yield
+    s3_server.thaw()
 
 
 def contend(uri: str, start: Any, held: Any, most: Any) -> None:
