@@ -69,6 +69,7 @@ class ClusterConfig(Section):
     collective_timeout_s: Positive = 300.0
     actor_timeout_s: Positive = 900.0  # longest wait for the next result of actors or tasks, their start included
     wait_s: Positive = 600.0  # longest wait for resources that others hold, or for nodes to come
+    lease_wait_s: Annotated[float, Field(ge=0)] = 0.0  # longest wait for another run's hold on the run directory to end
     autoscaling: bool = False  # nodes may come: what the present ones cannot hold is waited for, not refused
 
     def of(self, stage: str) -> "ClusterConfig":

@@ -210,15 +210,16 @@ def run_root(where: Path | str) -> Path:
 
 
 @contextmanager
-def open_run(where: Path | str, others: Sequence[Path | str] = ()) -> Iterator[RunDir]:
+def open_run(where: Path | str, others: Sequence[Path | str] = (), wait_s: float = 0.0) -> Iterator[RunDir]:
     """Open (or create) a run directory and hold its lease until the block ends.
 
-    Raises `InputError` where another run holds it, or where another version of jpo-ray wrote it.
+    Raises `InputError` where another run holds it (for longer than `wait_s`), or where another version of jpo-ray wrote
+    it.
     """
     if isinstance(where, str) and is_uri(where):
         store = open_store(where)
         _check_marker(where, store.read(MARKER), (name for name in store.top() if name != CLAIMS))
-        with hold_lease(StoreLease(store)):
+        with hold_lease(StoreLease(store), wait_s):
             store.write(MARKER, json.dumps({"format": FORMAT}).encode())
             yield RunDir(where, others)
         return
@@ -235,7 +236,7 @@ def open_run(where: Path | str, others: Sequence[Path | str] = ()) -> Iterator[R
     _check_marker(
         root, marker.read_bytes() if marker.exists() else None, (name for name in entries if not name.startswith(own))
     )
-    with hold_lease(FileLease(root / "lease.json")):
+    with hold_lease(FileLease(root / "lease.json"), wait_s):
         if not marker.exists():
             write_json(marker, {"format": FORMAT})
         yield RunDir(root, others)

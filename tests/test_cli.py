@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from jpo_ray import __version__, cli, records
+from jpo_ray import __version__, cli, lease, records
 from jpo_ray.cli import main
 from jpo_ray.cli_parser import STAGE_HELP
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json, write_json
+from jpo_ray.lease_holder import this_process
 from jpo_ray.pipeline import STAGES
 from jpo_ray.runs import open_run
 
@@ -175,6 +176,28 @@ def test_a_run_directory_in_use(refused: Callable[..., str], tmp_path: Path) -> 
         said = refused("items")
     assert said.startswith(f"{tmp_path / 'run'}: in use by another run (process {os.getpid()} on ")
     assert "another --run-dir" in said
+
+
+def test_a_run_directory_in_use_is_waited_for_where_that_is_asked(
+    jpo: Callable[..., int],
+    refused: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As by a job that is submitted again when its machine has died: what it held ends by itself."""
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.2)
+    assert jpo("items") == 0
+    held = tmp_path / "run" / "lease.json"
+    write_json(held, this_process() | {"boot": "another", "host": "gone"})
+    assert "in use by another run" in refused("items")
+    assert "in use by another run" in refused("items", "cluster.lease_wait_s=0.5")
+    (said,) = caplog.messages
+    assert said.endswith(": waiting for up to 0 s")
+    aged_s = held.stat().st_mtime - lease.LEASE_EXPIRES_S + 1
+    os.utime(held, (aged_s, aged_s))
+    assert jpo("items", "cluster.lease_wait_s=20") == 0
+    assert not held.exists()
 
 
 def test_run_directories_that_are_none(refused: Callable[..., str], tmp_path: Path) -> None:

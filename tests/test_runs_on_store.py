@@ -277,6 +277,18 @@ def test_a_silent_holder_elsewhere_is_waited_for_until_it_expires(uri: str, monk
         assert claims(uri) != ["other.json"]
 
 
+def test_a_holder_is_waited_for_where_that_is_asked(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
+    leave_claim(uri, ELSEWHERE)
+    with pytest.raises(InputError, match=r"process 1 on elsewhere"), open_run(uri, wait_s=0.5):
+        pass
+    assert claims(uri) == ["other.json"]
+    monkeypatch.setattr(lease, "LEASE_EXPIRES_S", 2.0)
+    with open_run(uri, wait_s=20):
+        assert len(claims(uri)) == 1
+        assert claims(uri) != ["other.json"]
+
+
 @pytest.mark.parametrize(
     ("taken", "said"),
     [

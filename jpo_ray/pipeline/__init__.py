@@ -58,7 +58,7 @@ def run_stages(
     What one of the run directories `others` has made from the same is taken over.
     """
     console = console or Console()
-    with open_run(run_dir, others) as run, ExitStack() as stack:
+    with open_run(run_dir, others, config.cluster.lease_wait_s) as run, ExitStack() as stack:
         context = Context(run, config, console, STAGES, stack)
         _check_early(context, stages)
         for stage in stages:

@@ -126,7 +126,7 @@ def _draw(context: Context, where: Path | str, number: int, policy: SampledModel
         }
 
     spec = Spec(DRAWN, DRAWN, inputs, slice_, make, keep_partial=True)
-    with open_run(where) as run:
+    with open_run(where, wait_s=context.config.cluster.lease_wait_s) as run:
         manifest, built = build(replace(context, run=run), spec)
     show(context, manifest, built)
     return manifest.counts
