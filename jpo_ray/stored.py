@@ -128,10 +128,13 @@ def fetch_artifact(store: Store, artifact: str, root: Path) -> Manifest | None:
         return found.manifest
 
 
-def push(folder: Path, hashes: dict[str, str]) -> None:
-    """Copy files (name -> sha256) of a folder of a working copy to the store, where it has one, their hashes last."""
+def push(folder: Path, hashes: dict[str, str], names: Iterable[str] | None = None) -> None:
+    """Copy files of a folder of a working copy to the store, where it has one, and then the hashes (name -> sha256).
+
+    All that have hashes, or those of `names` where others are there already.
+    """
     if (place := place_of(folder)) is not None:
-        place.store.upload(folder, place.name, hashes)
+        place.store.upload(folder, place.name, hashes if names is None else names)
         place.store.write(f"{place.name}/{HASHES}", json.dumps(hashes, indent=1).encode())
 
 

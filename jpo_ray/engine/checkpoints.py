@@ -3,6 +3,10 @@
 A checkpoint is written aside, its files' hashes last, and renamed to `checkpoint-N`. Resuming takes the newest one
 whose hashes hold. Batches, dropout masks and learning rates are functions of (seed, step), so the step is all there is
 to know about their position.
+
+Of a model that every worker holds, rank 0 writes the weights as plain transformers or peft read them. Of a sharded one
+every worker writes its own slices below `sharded/`, in the safetensors format of `torch.distributed.checkpoint`, and
+reads those that it needs: any number of workers goes on, without one that holds all.
 """
 
 import json
@@ -18,35 +22,59 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from jpo_ray.engine.sharding import assign, is_sharded, whole, whole_state
-from jpo_ray.engine.step import rank_and_world, trainable
+from jpo_ray.engine.sharding import assign, is_sharded, whole_state
+from jpo_ray.engine.slices import load_slices, save_slices
+from jpo_ray.engine.step import trainable
+from jpo_ray.engine.workers import barrier, from_all, from_rank_0, rank_and_world
 from jpo_ray.errors import InputError
-from jpo_ray.files import file_hashes, read_json, write_json
+from jpo_ray.files import file_hashes, flush, flush_one, hash_file, read_json, write_json
+from jpo_ray.store import StoreError
 from jpo_ray.stored import HASHES, locked, place_of, pull, push
+
+STATE = "trainer_state.json"
+SHARDED = "sharded"  # below a checkpoint: slices of all workers
 
 
 def save_checkpoint(folder: Path, model: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> Path:
-    """Write `folder/checkpoint-<global_step>`, on rank 0; every rank must call it. Returns its path."""
-    weights = whole_state(model) if is_sharded(model) else None
-    tensors, scalars = _flatten_state(optimizer, trainable(model))
+    """Write `folder/checkpoint-<global_step>`; every rank must call it. Returns its path."""
     target = folder / f"checkpoint-{state['global_step']}"
-    if rank_and_world()[0] != 0:
+    sharded = is_sharded(model)
+    if rank_and_world()[0] != 0 and not sharded:
         return target
-    staged = folder / f".{target.name}-{secrets.token_hex(4)}"
+    staged = folder / f".{target.name}-{from_rank_0(secrets.token_hex(4)) if sharded else secrets.token_hex(4)}"
     with _writing(target):
         try:
-            staged.mkdir(parents=True)
-            _write_weights(staged, model, tokenizer, weights)
-            save_file(tensors, staged / "optimizer.safetensors", metadata={"scalars": json.dumps(scalars)})
-            write_json(staged / "trainer_state.json", state)
-            write_json(staged / HASHES, file_hashes(staged))
-            if target.exists():  # left by an attempt whose hashes no longer hold
-                shutil.rmtree(target)
-            staged.rename(target)
+            staged.mkdir(parents=True, exist_ok=True)
+            if sharded:
+                hashes = _write_slices(staged, target, model, optimizer)
+            else:
+                _write_weights(staged, model, tokenizer, None)
+                tensors, scalars = _flatten_state(optimizer, trainable(model))
+                save_file(tensors, staged / "optimizer.safetensors", metadata={"scalars": json.dumps(scalars)})
+                hashes = file_hashes(staged)
+            if rank_and_world()[0] == 0:
+                write_json(staged / STATE, state)
+                write_json(staged / HASHES, hashes | {STATE: hash_file(staged / STATE)})
+                flush(staged)
+                if target.exists():  # left by an attempt whose hashes no longer hold
+                    shutil.rmtree(target)
+                staged.rename(target)
+                flush_one(folder)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
+    if sharded:
+        barrier()
+        shutil.rmtree(staged, ignore_errors=True)  # of a worker whose disk is not rank 0's
     return target
+
+
+def _write_slices(staged: Path, target: Path, model: Any, optimizer: Any) -> dict[str, str]:
+    """Hashes of all workers' files. Where the run directory is on an object store, each leaves its own there."""
+    mine = {str(path.relative_to(staged)): hash_file(path) for path in save_slices(staged / SHARDED, model, optimizer)}
+    if (place := place_of(target)) is not None:
+        place.store.upload(staged, place.name, mine)
+    return {name: digest for hashes in from_all(mine) for name, digest in hashes.items()}
 
 
 def save_weights(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
@@ -69,7 +97,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         # safetensors and tokenizers raise exceptions of their own, or of no kind at all, for what the system refused.
-        if not isinstance(error, OSError) and "os error" not in str(error):
+        if isinstance(error, StoreError) or (not isinstance(error, OSError) and "os error" not in str(error)):
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(
@@ -89,6 +117,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next((path for path in found if is_valid(path)), None)
 
 
+def checkpoint_before(folder: Path, step: int) -> Path | None:
+    """The newest one of an earlier step."""
+    earlier = [path for path in folder.glob("checkpoint-*") if _step_of(path) < step]
+    return max(earlier, key=_step_of, default=None)
+
+
+def agreed_checkpoint(folder: Path) -> Path | None:
+    """The newest one that rank 0 finds, which alone looks: reading all hashes is work. Every rank must call it."""
+    found: Path | None = from_rank_0(newest_checkpoint(folder) if rank_and_world()[0] == 0 else None)
+    return found
+
+
 def is_valid(checkpoint: Path) -> bool:
     try:
         expected = read_json(checkpoint / HASHES)
@@ -99,7 +139,15 @@ def is_valid(checkpoint: Path) -> bool:
 
 
 def load_checkpoint(checkpoint: Path, model: Any, optimizer: Any) -> dict[str, Any]:
-    """Load weights and optimizer state in place; returns the trainer state."""
+    """Load weights and optimizer state in place; returns the trainer state. Every rank must call it."""
+    if (checkpoint / SHARDED).exists():
+        load_slices(checkpoint / SHARDED, model, optimizer)
+    else:
+        _load_whole(checkpoint, model, optimizer)
+    return read_json(checkpoint / STATE)
+
+
+def _load_whole(checkpoint: Path, model: Any, optimizer: Any) -> None:
     adapter = checkpoint / "adapter_model.safetensors"
     paths = [adapter] if adapter.exists() else sorted(checkpoint.glob("model*.safetensors"))
     weights = {name: tensor for path in paths for name, tensor in load_file(path).items()}
@@ -112,7 +160,6 @@ def load_checkpoint(checkpoint: Path, model: Any, optimizer: Any) -> dict[str, A
     for name, tensor in weights.items():
         assign(own[name], tensor)
     _restore_state(checkpoint / "optimizer.safetensors", optimizer, trainable(model))
-    return read_json(checkpoint / "trainer_state.json")
 
 
 def keep_only(folder: Path, keep: set[Path]) -> None:
@@ -131,7 +178,8 @@ def store_checkpoints(folder: Path) -> None:
     here = {path.name for path in folder.glob("checkpoint-*")}
     for checkpoint in sorted(here):
         if f"{checkpoint}/{HASHES}" not in names:
-            push(folder / checkpoint, read_json(folder / checkpoint / HASHES))
+            hashes = read_json(folder / checkpoint / HASHES)
+            push(folder / checkpoint, hashes, [name for name in hashes if not name.startswith(f"{SHARDED}/")])
     for checkpoint in there - here:
         place.store.delete(f"{place.name}/{checkpoint}")
 
@@ -163,17 +211,14 @@ def _step_of(path: Path) -> int:
 def _flatten_state(
     optimizer: Any, parameters: list[nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float | int]]:
-    """The optimizer's state in whole tensors: on CPU, and on rank 0 alone; every rank must call it."""
-    keep = rank_and_world()[0] == 0
+    """The optimizer's state: tensors on CPU, and what is none."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, float | int] = {}
     for index, parameter in enumerate(parameters):
         for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                gathered = whole(value.detach())
-                if keep:  # a copy: parameters may share a tensor of their state, which a file may not
-                    tensors[f"{index}.{name}"] = gathered.to("cpu", copy=True).contiguous()
-            elif keep:
+            if isinstance(value, torch.Tensor):  # a copy: parameters may share a tensor, which a file may not
+                tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
                 scalars[f"{index}.{name}"] = value
     return tensors, scalars
 

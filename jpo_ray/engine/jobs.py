@@ -15,15 +15,15 @@ from jpo_ray import records, shards
 from jpo_ray.config import BaseModelConfig, OptimizerConfig, SFTConfig, TrainConfig
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.adapters import record_base
-from jpo_ray.engine.checkpoints import newest_checkpoint
+from jpo_ray.engine.checkpoints import agreed_checkpoint
 from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData, edge_list, joined, mismatched_rows
 from jpo_ray.engine.loop import Progress, train
 from jpo_ray.engine.model import DTYPES, load_model, load_policy, load_tokenizer, weights_hash
 from jpo_ray.engine.scoring import Scorer, make_scorer
 from jpo_ray.engine.sharding import shard
-from jpo_ray.engine.step import rank_and_world
 from jpo_ray.engine.tasks import check_margins, preference_task, sft_task
 from jpo_ray.engine.tracking import Tracking
+from jpo_ray.engine.workers import rank_and_world
 from jpo_ray.errors import InputError
 
 
@@ -97,7 +97,7 @@ def train_preferences(
     autocast = None if config.use_peft else _autocast(model)
     scorer = _spread(make_scorer(policy, dropout_seed=_seed(config), autocast=autocast), config, device)
     # Before the first update the policy is the reference, unless it goes on from another training.
-    fresh = newest_checkpoint(out) is None and config.continue_from is None
+    fresh = agreed_checkpoint(out) is None and config.continue_from is None
     if data.reference is not None and fresh:
         check_margins(scorer, data, config, model.dtype)
     task = preference_task(scorer, data, config, _seed(config), total_steps)

@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from jpo_ray.config import OptimizerConfig
 from jpo_ray.engine.checkpoints import (
+    STATE,
+    agreed_checkpoint,
+    checkpoint_before,
     keep_only,
     load_checkpoint,
-    newest_checkpoint,
     save_checkpoint,
     save_weights,
     store_checkpoints,
 )
 from jpo_ray.engine.optim import learning_rate, make_optimizer, warmup_steps
 from jpo_ray.engine.sharding import whole
-from jpo_ray.engine.step import rank_and_world, trainable
+from jpo_ray.engine.step import trainable
 from jpo_ray.engine.tracking import Tracking, Write, tracked
+from jpo_ray.engine.workers import barrier, rank_and_world
 from jpo_ray.errors import InputError
 from jpo_ray.files import hash_file, write_json
 from jpo_ray.stored import push
@@ -77,7 +79,7 @@ def train(
     state |= {"best_metric": None, "best_model_checkpoint": None, "epoch": 0.0}
     state["warmup_steps"] = warmup_steps(config, task.total_steps)
     state |= {"skipped_steps": 0, "skipped_in_a_row": 0}
-    resumed = newest_checkpoint(out)
+    resumed = agreed_checkpoint(out)
     if resumed is not None:
         state = load_checkpoint(resumed, model, optimizer)
     eval_every = config.eval_steps or task.steps_per_epoch
@@ -139,7 +141,7 @@ def _count_skipped(
     if rank_and_world()[0] == 0:
         write_json(out / SKIPPED_BATCH, {"step": step, "items": items})
         push(out, {SKIPPED_BATCH: hash_file(out / SKIPPED_BATCH)})
-    _barrier()  # the first rank that raises ends the others
+    barrier()  # the first rank that raises ends the others
     shown = ", ".join(items[:SKIPPED_ITEMS_SHOWN])
     more = f" and {len(items) - SKIPPED_ITEMS_SHOWN} more" if len(items) > SKIPPED_ITEMS_SHOWN else ""
     raise InputError(
@@ -165,19 +167,26 @@ def _evaluate(model: Any, task: Task, state: dict[str, Any], write: Write) -> No
 def _checkpoint(out: Path, model: Any, tokenizer: Any, optimizer: Any, state: dict[str, Any]) -> None:
     last = save_checkpoint(out, model, tokenizer, optimizer, state)
     if rank_and_world()[0] == 0:
-        best = out / state["best_model_checkpoint"] if state["best_model_checkpoint"] else last
-        keep_only(out, {last, best})
+        # The one before stays until there is another: were the last one damaged, training would begin anew.
+        before = {path for path in [checkpoint_before(out, state["global_step"])] if path}
+        keep_only(out, {last} | before | _best(out, state))
         store_checkpoints(out)
-    _barrier()
+    barrier()
+
+
+def _best(out: Path, state: dict[str, Any]) -> set[Path]:
+    return {out / state["best_model_checkpoint"]} if state["best_model_checkpoint"] else set()
 
 
 def _finish(out: Path, model: Any, tokenizer: Any, state: dict[str, Any], dtype: torch.dtype | None) -> None:
     model.eval()
     save_weights(out, model, tokenizer, dtype)
     if rank_and_world()[0] == 0:
-        write_json(out / "trainer_state.json", state)
+        write_json(out / STATE, state)
+        keep_only(out, {out / f"checkpoint-{state['global_step']}"} | _best(out, state))
+        store_checkpoints(out)
         (out / SKIPPED_BATCH).unlink(missing_ok=True)  # of an attempt before this one
-    _barrier()
+    barrier()
 
 
 def _log(state: dict[str, Any], metrics: Metrics, write: Write) -> None:
@@ -192,8 +201,3 @@ def _mean(window: list[Metrics]) -> Metrics:
     names = dict.fromkeys(name for metrics in window for name in metrics)
     columns = {name: [metrics[name] for metrics in window if name in metrics] for name in names}
     return {name: sum(values) / len(values) for name, values in columns.items()}
-
-
-def _barrier() -> None:
-    if rank_and_world()[1] > 1:
-        dist.barrier()

@@ -1,7 +1,7 @@
 """FSDP2: every worker holds a slice of each weight, and layers are gathered as they are used.
 
-A sharded model's parameters are `DTensor`s; checkpoints hold whole tensors all the same, so that a run can go on with
-another number of workers, or unsharded. Gathering is a collective: every rank calls these functions together.
+A sharded model's parameters are `DTensor`s. Checkpoints hold the slices (`slices.py`), results whole tensors. Gathering
+is a collective: every rank calls these functions together.
 """
 
 from dataclasses import replace

@@ -22,22 +22,10 @@ from jpo_ray.engine.lanes import lane_count, side_by_side
 from jpo_ray.engine.micro_batches import tree_tokens, trees_of
 from jpo_ray.engine.scoring import Scorer, score_items
 from jpo_ray.engine.sharding import is_sharded, release
+from jpo_ray.engine.workers import rank_and_world, sum_over_workers
 
 Rows = npt.NDArray[np.int64]
 UNLIMITED = 2**31  # tokens
-
-
-def rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def sum_over_workers(tensor: Tensor) -> Tensor:
-    """In place; every rank must call it."""
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def shards(tokens: TokenizedItems, rows: Rows, count: int, *, packed: bool) -> list[Rows]:

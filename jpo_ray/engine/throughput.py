@@ -7,7 +7,8 @@ import torch
 
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine.scoring import Scorer
-from jpo_ray.engine.step import Rows, rank_and_world
+from jpo_ray.engine.step import Rows
+from jpo_ray.engine.workers import rank_and_world
 
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
 PEAK_TRIES = 8

@@ -110,12 +110,13 @@ def missing_machine(
 
 def disk_gib(config: RunConfig, shapes: ModelShapes | None) -> float | None:
     """Of the run directory at its fullest: whole models that are trained, merged or taken over from a round, and the
-    checkpoints that a training keeps. Adapters are left out."""
+    checkpoints of trainings. Adapters are left out."""
     if shapes is None:
         return None
     kept = 2 if config.items.validation else 1  # the newest, and the best where something is held out
     whole_models = [*([config.sft] if config.sft else []), *(entry for entry in config.trained if not entry.use_peft)]
-    checkpoints = len(whole_models) * kept + bool(whole_models)  # one more while it is written
+    # A training that goes on has two more: the one before the newest, and one that is being written.
+    checkpoints = len(whole_models) * kept + 2 * bool(whole_models)
     models = len(whole_models) + _made_models(config)
     return shapes.parameters * (checkpoints * CHECKPOINT_BYTES + models * BYTES[config.model.dtype]) / GIB
 

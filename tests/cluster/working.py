@@ -11,7 +11,7 @@ from typing import Any
 
 from jpo_ray.engine.checkpoints import newest_checkpoint
 from jpo_ray.engine.jobs import train_preferences
-from jpo_ray.engine.step import rank_and_world, sum_over_workers
+from jpo_ray.engine.workers import rank_and_world, sum_over_workers
 from jpo_ray.errors import InputError
 
 

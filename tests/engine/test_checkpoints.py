@@ -235,28 +235,6 @@ def test_optimizer_state_and_weights_make_the_round_trip(name: str, world: World
         assert torch.uint8 in {optimizers[1].state[p]["state1"].dtype for p in trainable(models[1])}
 
 
-def test_only_rank_0_keeps_the_optimizers_state(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gathered one tensor at a time, which every rank takes part in; rank 0 has copies on the CPU."""
-    recipe = recipe_of("lora")
-    parameters = trainable(load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1))
-    optimizer = make_optimizer(parameters, recipe)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    held = [v for p in parameters for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
-    gathered: list[torch.Tensor] = []
-    monkeypatch.setattr(checkpoints, "whole", lambda tensor: gathered.append(tensor) or tensor)
-    for rank in (0, 1):
-        monkeypatch.setattr(checkpoints, "rank_and_world", lambda rank=rank: (rank, 2))
-        gathered.clear()
-        tensors, scalars = checkpoints._flatten_state(optimizer, parameters)
-        assert len(gathered) == len(held) > len(parameters)
-        assert len(tensors) == (0 if rank else len(held))
-        assert not (rank and scalars)
-        assert all(tensor.device.type == "cpu" for tensor in tensors.values())
-        assert not {t.data_ptr() for t in tensors.values()} & {t.data_ptr() for t in held}
-
-
 def test_weights_of_another_model_are_refused(world: World, tmp_path: Path) -> None:
     full = recipe_of("full")
     model = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), full, seed=1)
@@ -291,6 +269,23 @@ def test_the_best_and_the_last_checkpoint_are_kept(world: World, tmp_path: Path)
     assert [entry["step"] for entry in trained] == list(range(1, 9))
     assert [entry["num_tokens"] for entry in trained] == list(range(10, 90, 10))
     assert [entry["epoch"] for entry in trained] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
+
+
+def test_the_one_before_the_newest_stays_though_the_newest_is_the_best(world: World, tmp_path: Path) -> None:
+    """Held-out losses 3, 2, 1 after steps 2, 4, 6; the run is stopped after 7, and its last checkpoint damaged."""
+
+    def at_seven(done: int, *_: Any) -> None:
+        if done == 7:
+            raise StoppedError
+
+    recipe = config(eval_steps=2)
+    model = load_policy(world.model, BaseModelConfig(model_name_or_path="-"), recipe, seed=1)
+    task = fake_task(model, [3, 2, 1, 0.5], 8)
+    with pytest.raises(StoppedError):
+        train(model, load_tokenizer(world.model), task, recipe, tmp_path, progress=at_seven)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    (tmp_path / "checkpoint-6" / "adapter_model.safetensors").write_bytes(b"")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
 
 
 def spoiled(task: Task, model: Any, steps: set[int], what: str, total: int | None = None) -> Task:

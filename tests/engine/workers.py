@@ -1,5 +1,6 @@
 """What a spawned worker of `test_workers.py` runs: each case's gradient, written to a file per rank."""
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ from safetensors.torch import save_file
 
 from engine.tiny import World, config, gradients_of, make_lists, make_world, policy_scorer
 from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.engine.checkpoints import save_checkpoint, store_checkpoints
 from jpo_ray.engine.loop import train
 from jpo_ray.engine.model import load_policy, load_tokenizer
+from jpo_ray.engine.optim import make_optimizer
 from jpo_ray.engine.scoring import Scorer, make_scorer
 from jpo_ray.engine.sharding import shard, whole
 from jpo_ray.engine.step import accumulate_gradients, score_all, trainable
 from jpo_ray.engine.tasks import preference_task
+from jpo_ray.errors import InputError
+from jpo_ray.files import write_json
+from jpo_ray.stored import make_working_copy
 
 PREFERENCE_CASES: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -87,7 +93,49 @@ def train_sharded(world: World, out: Path) -> None:
         train(policy, load_tokenizer(world.model), task, recipe, out / name, progress=copied)
 
 
-def work(rank: int, workers: int, model: Path, out: Path, begun: Path | None = None) -> None:
+def checkpoint_apart(world: World, out: Path, uri: str) -> None:
+    """A sharded checkpoint on an object store, each worker having a disk of its own; and what all of it is.
+
+    Before that rank 1 cannot write: what each rank was told, and what is left.
+    """
+    recipe, rank = SHARDED_RECIPES["full"], dist.get_rank()
+    folder = out / f"disk{rank}" / ".building" / "train-x"
+    folder.mkdir(parents=True)
+    make_working_copy(uri, folder.parents[1])
+    scorer = shard(policy_scorer(world.model, recipe), CPU)
+    optimizer = make_optimizer(trainable(scorer.model), recipe)
+    for parameter in trainable(scorer.model):
+        parameter.grad = torch.full_like(parameter, 0.1)
+    optimizer.step()
+    state = {"global_step": 2, "log_history": []}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if rank else limits[0], limits[1]))
+    told = ""
+    try:
+        save_checkpoint(folder, scorer.model, None, optimizer, state)
+    except InputError as error:
+        told = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = [path.name for path in folder.iterdir()]
+    save_checkpoint(folder, scorer.model, None, optimizer, state)
+    if rank == 0:
+        store_checkpoints(folder)
+    dist.barrier()
+    slices = sorted(path.name for path in folder.rglob("shard-*"))
+    write_json(out / f"apart{rank}.json", {"told": told, "left": left, "slices": slices})
+    everything = all_of(scorer.model, optimizer)
+    if rank == 0:
+        save_file(everything, out / "all.safetensors")
+
+
+def all_of(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state, whole."""
+    named = dict(model.named_parameters())
+    states = {f"{name}/{key}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
+    return {name: whole(value.detach()).clone() for name, value in (named | states).items()}
+
+
+def work(rank: int, workers: int, model: Path, out: Path, uri: str, begun: Path | None = None) -> None:
     """All cases and the sharded trainings; with `begun` also the end of those that other workers have begun there."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out / 'meeting'}", rank=rank, world_size=workers)
@@ -95,6 +143,7 @@ def work(rank: int, workers: int, model: Path, out: Path, begun: Path | None = N
     for case in CASES:
         save_file(outcome_of(case, world), out / f"{case}-{rank}.safetensors")
     train_sharded(world, out)
+    checkpoint_apart(world, out, uri)
     if begun is not None:
         if rank == 0:
             for name in SHARDED_RECIPES:

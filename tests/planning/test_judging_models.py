@@ -55,6 +55,8 @@ def test_a_judges_own_model_by_hand() -> None:
     of_reward = 4 * (QWEN + 16 * 1024 * (4 * 1024 + 3 * 3072)) / GIB
     evaluated = config(evaluate={"judge": REWARD})
     assert memory(evaluated, "evaluate") == pytest.approx(of_reward + CPU_GIB)
+    split = config(judge=VLLM | {"tensor_parallel_size": 2})
+    assert memory(split, "judge") == pytest.approx(QWEN / GIB + 1 + CPU_GIB)
     short = config(evaluate={"judge": REWARD | {"max_length": 512}})
     assert memory(short, "evaluate") == pytest.approx(4 * (QWEN + 16 * 512 * (4 * 1024 + 3 * 3072)) / GIB + CPU_GIB)
 
@@ -89,6 +91,8 @@ def test_gpus_of_judges_are_asked_for() -> None:
     settings = config(judge=VLLM, evaluate={"judge": REWARD}, cluster=cluster)
     assert (gpus_of(settings, "judge"), gpus_of(settings, "evaluate")) == (5, 1)
     assert "GPUs: the config asks for 5, this machine has" in " ".join(make_plan(settings).missing)
+    split = config(judge=VLLM | {"tensor_parallel_size": 2, "also": [REWARD]}, cluster=cluster)
+    assert (gpus_of(split, "judge"), gpus_of(split, "evaluate")) == (10, 4)
     elsewhere = config(cluster=cluster)
     assert (gpus_of(elsewhere, "judge"), gpus_of(elsewhere, "evaluate")) == (0, 0)
     alone = config(judge=VLLM, cluster={"stages": {"judge": {"gpus_per_worker": 1}}})

@@ -37,11 +37,11 @@ def config(**sections: Any) -> RunConfig:
 
 
 def test_disk_by_hand() -> None:
-    """A checkpoint of 12 bytes a parameter and one more while it is written, 2 bytes for the model."""
+    """Checkpoints of 12 bytes a parameter: one, the one before it, one that is written; 2 bytes for the model."""
     assert disk_gib(config(), None) is None
     assert disk_gib(config(), BILLION) == 0.0  # adapters
-    assert disk_gib(config(sft={}), BILLION) == 12 + 12 + 2
-    assert disk_gib(config(sft={}, train=[{"use_peft": False}]), BILLION) == 2 * (12 + 2) + 12
+    assert disk_gib(config(sft={}), BILLION) == 3 * 12 + 2
+    assert disk_gib(config(sft={}, train=[{"use_peft": False}]), BILLION) == 2 * (12 + 2) + 2 * 12
 
 
 def test_disk_of_rounds() -> None:
@@ -50,8 +50,8 @@ def test_disk_of_rounds() -> None:
     whole = [{"use_peft": False}]
     assert disk_gib(config(rounds=fixed), BILLION) == 0.0
     assert disk_gib(config(rounds=moved), BILLION) == 3 * 2
-    assert disk_gib(config(rounds=fixed, train=whole), BILLION) == 3 * (12 + 2) + 12 + 3 * 2
-    assert disk_gib(config(rounds=moved, train=whole), BILLION) == 3 * (12 + 2) + 12 + 3 * 2
+    assert disk_gib(config(rounds=fixed, train=whole), BILLION) == 3 * (12 + 2) + 2 * 12 + 3 * 2
+    assert disk_gib(config(rounds=moved, train=whole), BILLION) == 3 * (12 + 2) + 2 * 12 + 3 * 2
 
 
 def test_disk_of_a_base_merged_from_an_adapter(tmp_path: Path) -> None:
