@@ -277,6 +277,29 @@ class RunConfig(Section):
             raise ValueError("evaluate.policies compares with one reference; set it to false where there are rounds")
         return self
 
+    @model_validator(mode="after")
+    def _gaps_have_a_source(self) -> "RunConfig":
+        """Before anything is judged: verdicts alone say nothing of by how much an item is better."""
+        judge = self.judge
+        for entry in self.train:
+            if "gap" not in entry.reads:
+                continue
+            needing = "odpo" if any(term.objective == "odpo" for term in entry.terms) else "a curriculum by gap"
+            why = f"train.{entry.name}: {needing} needs to know by how much each chosen item is better"
+            if judge.annotator in ("openai", "vllm") and not judge.soft:
+                raise ValueError(f"{why}, which verdicts alone do not say; set judge.soft: true")
+            if judge.annotator == "labels":
+                raise ValueError(
+                    f"{why}, which labels do not say; set judge.annotator to ratings or reward_model, or to openai or "
+                    "vllm with judge.soft: true"
+                )
+            if judge.closure and "joint" in entry.protocols:
+                raise ValueError(
+                    f"{why}, which comparisons that judge.closure adds do not say; set judge.closure: null or "
+                    "protocols: [conditional]"
+                )
+        return self
+
     @property
     def trained(self) -> list[TrainConfig]:
         """What the `train` stage makes: its entries, or one model for each of the rounds (`jpo-1`, `jpo-2`, ...)."""

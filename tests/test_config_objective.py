@@ -25,7 +25,8 @@ def test_listwise_objectives_refuse_joint_comparisons(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted({*OBJECTIVES} - {"dpo", "lipo", "pro", "sft"}))
 def test_the_other_objectives_take_joint_comparisons(name: str) -> None:
-    entry = parse_config(with_key("train", [{"objective": name}]), "my.yaml").train[0]
+    by_scores = {"judge": {"annotator": "sandbox"}}
+    entry = parse_config(with_key("train", [{"objective": name}]) | by_scores, "my.yaml").train[0]
     assert (entry.name, entry.protocols) == (name, ["conditional", "joint"])
 
 
@@ -33,6 +34,57 @@ def test_instructions_are_read_for_joint_comparisons_alone() -> None:
     both, one = ({"objective": "ipo", "protocols": kinds} for kinds in (["conditional", "joint"], ["conditional"]))
     found = [parse_config(with_key("train", [each]), "my.yaml").train[0].reads for each in (both, one)]
     assert found == [{"reference", "instruction"}, {"reference"}]
+
+
+CONDITIONAL_ODPO = {"objective": "odpo", "protocols": ["conditional"]}
+NOT_BY_LABELS = (
+    ", which labels do not say; set judge.annotator to ratings or reward_model, or to openai or vllm with judge.soft: "
+    "true"
+)
+
+
+@pytest.mark.parametrize(
+    ("entry", "judge", "message"),
+    [
+        (CONDITIONAL_ODPO, {}, f"train.odpo: odpo{{}}{NOT_BY_LABELS}"),
+        ({"also": [{"objective": "odpo"}]}, {}, f"train.jpo: odpo{{}}{NOT_BY_LABELS}"),
+        ({"curriculum": {}}, {"annotator": "labels"}, f"train.jpo: a curriculum by gap{{}}{NOT_BY_LABELS}"),
+        (
+            CONDITIONAL_ODPO,
+            {"annotator": "openai"},
+            "train.odpo: odpo{}, which verdicts alone do not say; set judge.soft: true",
+        ),
+        (
+            {"curriculum": {}},
+            {"annotator": "vllm", "model": "somebody/judge"},
+            "train.jpo: a curriculum by gap{}, which verdicts alone do not say; set judge.soft: true",
+        ),
+        (
+            {"objective": "odpo"},
+            {"annotator": "sandbox", "closure": {}},
+            "train.odpo: odpo{}, which comparisons that judge.closure adds do not say; set judge.closure: null or "
+            "protocols: [conditional]",
+        ),
+    ],
+)
+def test_gaps_without_a_source_are_refused_before_anything_is_judged(
+    entry: dict[str, Any], judge: dict[str, Any], message: str
+) -> None:
+    values = with_key("train", [entry]) | {"judge": judge}
+    assert error_of(values) == "`config`: " + message.format(" needs to know by how much each chosen item is better")
+
+
+@pytest.mark.parametrize(
+    ("entry", "judge"),
+    [
+        ({"curriculum": {"easy": "reference"}}, {"annotator": "labels"}),
+        (CONDITIONAL_ODPO, {"annotator": "ratings", "closure": {}}),
+        ({"objective": "odpo"}, {"annotator": "openai", "soft": True}),
+        ({"curriculum": {}}, {"annotator": "reward_model", "model": "somebody/rewards"}),
+    ],
+)
+def test_gaps_with_a_source(entry: dict[str, Any], judge: dict[str, Any]) -> None:
+    assert parse_config(with_key("train", [entry]) | {"judge": judge}, "my.yaml").train
 
 
 @pytest.mark.parametrize(
@@ -92,8 +144,9 @@ def test_a_config_of_objectives_survives_being_written_and_read() -> None:
     ids=["curriculum", "tokens", "lists"],
 )
 def test_steps_are_not_counted_where_batches_are_uneven(entry: dict[str, Any]) -> None:
+    by_scores = {"judge": {"annotator": "sandbox"}}
     for first, second in (({"steps_like": "b"}, entry), (entry | {"steps_like": "b"}, {})):
-        message = error_of(with_key("train", [{"name": "a"} | first, {"name": "b"} | second]))
+        message = error_of(with_key("train", [{"name": "a"} | first, {"name": "b"} | second]) | by_scores)
         assert message == (
             "`config`: train.a.steps_like: steps cannot be counted with max_batch_tokens, a curriculum, lipo or pro"
         )
