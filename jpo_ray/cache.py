@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jpo_ray.files import hash_file, write_json
+from jpo_ray.files import flush_one, hash_file, write_json
 from jpo_ray.store import is_uri
 from jpo_ray.stored import Place, make_working_copy, open_store, place_of, users_folder, working_copy
 
@@ -45,7 +45,14 @@ def key_folder(cache: Path, kind: str, key: dict[str, Any]) -> Path:
 
 
 def read_parts(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    """All parts in a key's folder; of a cache on a store those that this machine lacks are fetched first."""
+    """All parts in a key's folder; of a cache on a store those that this machine lacks are fetched first.
+
+    A part whose content is not what its name says is deleted and named in the log.
+    """
+    for part in folder.glob("part-*.parquet"):
+        if not _is_whole(part, part.name):
+            _say_damaged(part)
+            part.unlink(missing_ok=True)
     if (place := place_of(folder)) is not None:
         fetch_parts(place, folder)
     for part in sorted(folder.glob("part-*.parquet")):
@@ -53,13 +60,18 @@ def read_parts(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
 
 
 def append_part(folder: Path, key: dict[str, Any], table: pa.Table) -> None:
-    """Add rows as a new part, written aside and renamed: a reader sees all of it or none."""
+    """Add rows as a new part, written aside, flushed to disk and renamed: a reader sees all of it or none."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "key.json").exists():
         write_json(folder / "key.json", key)
     staged = folder / f".{secrets.token_hex(8)}"
-    pq.write_table(table, staged, compression="zstd")
-    part = staged.rename(folder / f"part-{hash_file(staged)[:PART_DIGITS]}.parquet")
+    try:
+        pq.write_table(table, staged, compression="zstd")
+        flush_one(staged)
+        part = staged.rename(folder / _name_of(staged))
+    except BaseException:  # such as a full disk
+        staged.unlink(missing_ok=True)
+        raise
     if (place := place_of(folder)) is not None:
         for path in (part, folder / "key.json"):  # whole, also where Ctrl-C comes: others would read a part cut short
             place.store.write(f"{place.name}/{path.name}", path.read_bytes())
@@ -73,8 +85,23 @@ def fetch_parts(place: Place, folder: Path) -> None:
     with TemporaryDirectory(dir=folder) as staged:
         store.download(name, Path(staged), lacking)
         for part in lacking:
-            if part != f"part-{hash_file(Path(staged) / part)[:PART_DIGITS]}.parquet":
-                # As an error, since warnings are not shown while Ray works.
-                LOGGER.error("%s: is damaged and left out, its values are made again", store.shown(f"{name}/{part}"))
-                continue
-            (Path(staged) / part).rename(folder / part)
+            if _is_whole(Path(staged) / part, part):
+                (Path(staged) / part).rename(folder / part)
+            else:
+                _say_damaged(store.shown(f"{name}/{part}"))
+
+
+def _name_of(part: Path) -> str:
+    return f"part-{hash_file(part)[:PART_DIGITS]}.parquet"
+
+
+def _is_whole(part: Path, name: str) -> bool:
+    try:
+        return _name_of(part) == name
+    except FileNotFoundError:  # another run has just deleted it
+        return False
+
+
+def _say_damaged(part: Path | str) -> None:
+    # As an error, since warnings are not shown while Ray works.
+    LOGGER.error("%s: is damaged and left out, its values are made again", part)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from disks import small_disk
 from s3 import S3
 
 from jpo_ray.cache import append_part, cache_folder, key_folder, read_parts
@@ -101,3 +102,40 @@ def test_a_damaged_part_is_left_out_and_named(shared: Callable[[str], Path], cap
     assert said.endswith(f"/{name}: is damaged and left out, its values are made again")
     append(elsewhere, 1, 2)  # made again: the same part, whole
     assert read(shared("third")) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-9], lambda _: b"", lambda content: content[:9] + b"x" + content[10:]]
+)
+def test_a_damaged_local_part_is_deleted_named_and_made_again(
+    damage: Callable[[bytes], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    append(tmp_path, 1, 2)
+    (part,) = tmp_path.glob("part-*")
+    append(tmp_path, 3)
+    content = part.read_bytes()
+    part.write_bytes(damage(content))
+    assert read(tmp_path) == [3]
+    assert caplog.messages == [f"{part}: is damaged and left out, its values are made again"]
+    assert not part.exists()
+    append(tmp_path, 1, 2)
+    assert part.read_bytes() == content
+    assert read(tmp_path) == [1, 2, 3]
+
+
+def test_a_part_damaged_here_is_fetched_from_the_store_again(shared: Callable[[str], Path]) -> None:
+    here = shared("here")
+    append(here, 1, 2)
+    (part,) = here.glob("part-*")
+    part.write_bytes(b"")
+    assert read(here) == [1, 2]
+
+
+def test_a_full_disk_leaves_no_part_and_nothing_half_written(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        append(disk.path / "key", 1, 2)
+        before = sorted((disk.path / "key").iterdir())
+        with pytest.raises(OSError, match="No space left on device"):
+            append(disk.path / "key", *range(100_000))
+        assert sorted((disk.path / "key").iterdir()) == before
+        assert read(disk.path / "key") == [1, 2]
