@@ -22,17 +22,18 @@ ACCOUNT = {
 class S3:
     port: int
     process: "subprocess.Popen[str]"
+    host: str = "127.0.0.1"
 
     def uri(self, bucket: str = "runs", path: str | None = None) -> str:
         """A folder that nothing is in, unless it is named."""
         path = path or secrets.token_hex(4)
-        return f"s3://{bucket}/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http"
+        return f"s3://{bucket}/{path}?endpoint_override={self.host}:{self.port}&scheme=http"
 
     def deny(self, after: float) -> None:
         """Require valid keys, of which there are none, after so many more requests (`inf`: never)."""
         urlopen(
             Request(
-                f"http://127.0.0.1:{self.port}/moto-api/reset-auth",
+                f"http://{self.host}:{self.port}/moto-api/reset-auth",
                 str(after).encode(),
                 {"Content-Type": "text/plain"},
                 method="POST",
@@ -50,16 +51,16 @@ class S3:
         self.process.send_signal(signal.SIGCONT)
 
 
-def start_s3() -> S3:
-    """Start a server, with a bucket `runs`."""
-    process = subprocess.Popen([sys.executable, Path(__file__)], stdout=subprocess.PIPE, text=True)
+def start_s3(host: str = "127.0.0.1") -> S3:
+    """Start a server at an address of this machine, with a bucket `runs`."""
+    process = subprocess.Popen([sys.executable, Path(__file__), host], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     port = int(process.stdout.readline())
-    urlopen(Request(f"http://127.0.0.1:{port}/runs", method="PUT")).close()
-    return S3(port, process)
+    urlopen(Request(f"http://{host}:{port}/runs", method="PUT")).close()
+    return S3(port, process, host)
 
 
-def serve() -> None:
+def serve(host: str) -> None:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -69,13 +70,11 @@ def serve() -> None:
         def log_request(self, *_: object) -> None:
             pass
 
-    server = make_server(
-        "127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True, request_handler=Quiet
-    )
+    server = make_server(host, 0, DomainDispatcherApplication(create_backend_app), threaded=True, request_handler=Quiet)
     print(server.server_port, flush=True)  # noqa: T201
     server.serve_forever()
 
 
 if __name__ == "__main__":
     os.environ |= ACCOUNT
-    serve()
+    serve(sys.argv[1])

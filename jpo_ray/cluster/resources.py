@@ -32,6 +32,11 @@ def worker_resources(ray: Any, config: ClusterConfig, count: int) -> Bundle:
     return wanted | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}) | config.custom_resources
 
 
+def task_resources(config: ClusterConfig) -> Bundle:
+    """What each task, and each actor that only sends requests, takes."""
+    return {"CPU": 1.0} | config.custom_resources
+
+
 def as_options(wanted: Bundle) -> dict[str, Any]:
     """The options that Ray's actors and tasks have for it."""
     custom = {kind: amount for kind, amount in wanted.items() if kind not in ("CPU", "GPU")}
@@ -49,17 +54,20 @@ def await_resources(ray: Any, config: ClusterConfig, stage: str, bundles: list[B
     """Return when the cluster has room for all `bundles` at once.
 
     Actors of an earlier stage may still be about to end, and other jobs may hold what this one needs. Raises
-    `InputError` at once where the nodes can never hold them (with `config.autoscaling`, more nodes may come), and
-    `TimeoutError` after `config.wait_s`.
+    `InputError` as soon as the nodes that live can never hold them (with `config.autoscaling`, more nodes may come),
+    and `TimeoutError` after `config.wait_s`.
     """
-    if not config.autoscaling:
-        require_resources(ray, stage, bundles)
     # A placement group and not a look at what is free: it is demand, which is what autoscalers act on.
     group = ray.util.placement_group(bundles, strategy="PACK")
+    deadline = time.monotonic() + config.wait_s
     try:
-        if group.wait(math.ceil(config.wait_s)):  # Ray counts whole seconds
-            return
-        raise _no_room(ray, config, stage, bundles)
+        while True:
+            if not config.autoscaling:
+                require_resources(ray, stage, bundles)  # each time: a lost node counts as alive for a while
+            if group.wait(_seconds_to_next_look(config)):
+                return
+            if time.monotonic() > deadline:
+                raise _no_room(ray, config, stage, bundles)
     finally:
         ray.util.remove_placement_group(group)
 
@@ -74,13 +82,17 @@ def await_most(ray: Any, config: ClusterConfig, stage: str, bundle: Bundle, coun
     deadline = time.monotonic() + config.wait_s
     try:
         while (left := count_fitting(ray, bundle, count)) == count:
-            if group.wait(min(LOOK_S, math.ceil(config.wait_s))):
+            if group.wait(_seconds_to_next_look(config)):
                 return count
             if time.monotonic() > deadline:
                 raise _no_room(ray, config, stage, bundles)
         return left
     finally:
         ray.util.remove_placement_group(group)
+
+
+def _seconds_to_next_look(config: ClusterConfig) -> int:
+    return min(LOOK_S, math.ceil(config.wait_s))  # Ray counts whole seconds
 
 
 def _no_room(ray: Any, config: ClusterConfig, stage: str, bundles: list[Bundle]) -> TimeoutError:
@@ -100,6 +112,11 @@ def require_resources(ray: Any, stage: str, bundles: list[Bundle], mend: str = L
                 f"{stage}: asks for {len(bundles)} x {_describe(bundle)}, but the cluster has "
                 f"{_describe_total(ray.cluster_resources(), bundles)} on {len(nodes)} node(s); {mend}"
             )
+
+
+def tasks_at_once(ray: Any, config: ClusterConfig) -> int:
+    """How many tasks the nodes that live run at a time, at least one: more may come."""
+    return max(1, count_fitting(ray, task_resources(config), int(ray.cluster_resources().get("CPU", 1))))
 
 
 def count_fitting(ray: Any, bundle: Bundle, most: int) -> int:

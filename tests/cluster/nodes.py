@@ -1,6 +1,7 @@
 """Real Ray nodes of one cluster on this machine, started as people start them: `ray start`, with token authentication.
 
-Each has a raylet, agents and resources of its own, and where network namespaces can be made an address of its own too.
+Each has a raylet, agents and resources of its own. Where this machine lets us make namespaces, the nodes besides the
+head have an address of their own too, and if wanted a disk.
 """
 
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ import psutil
 RAY = Path(sys.executable).with_name("ray")
 START_S = 120
 LINK = "jpo0"  # of every namespace's network
+# Run inside a namespace: an empty disk in place of each folder up to `--`, then the command.
+OWN_DISK = 'while [ "$1" != -- ]; do mount -t tmpfs none "$1" || exit; shift; done; shift; exec "$@"'
 
 
 def free_port() -> int:
@@ -51,8 +54,14 @@ class Node:
                     return True
         return False
 
+    def has(self, path: Path) -> bool:
+        """Whether it sees such a file or folder."""
+        return Path(f"/proc/{self.process.pid}/root{path}").exists()
+
     def kill(self) -> None:
-        """Without a word, as power failures do it."""
+        """Without a word, as power failures do it: others are not told by closed connections, where it has its own."""
+        if self.namespace:
+            _ip("-n", self.namespace, "link", "set", LINK, "down")
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
@@ -71,25 +80,39 @@ class Node:
 
 @dataclass
 class Nodes:
-    """A cluster. `environment` is what a client needs: the address and the token's file."""
+    """A cluster. `environment` is what a client needs: the token's file. `hidden` are folders of this machine that the
+    nodes besides the head do not see.
+    """
 
     folder: Path
     environment: dict[str, str]
     head_address: str = "127.0.0.1"
     network: "Network | None" = None
+    hidden: Sequence[Path] = ()
     port: int = field(default_factory=free_port)
     dashboard: int = field(default_factory=free_port)
     nodes: list[Node] = field(default_factory=list)
 
     @property
+    def address(self) -> str:
+        """Of the head, for a driver on this machine."""
+        return f"{self.head_address}:{self.port}"
+
+    @property
     def url(self) -> str:
+        """Of the dashboard."""
         return f"http://127.0.0.1:{self.dashboard}"
+
+    @property
+    def temporary(self) -> Path:
+        """Ray's own folder, of the same name on all nodes."""
+        return self.folder / "ray"
 
     def start_head(self, cpus: int, **resources: float) -> None:
         client = free_port()
         self._start(
             cpus, "--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1",
-            f"--ray-client-server-port={client}", f"--temp-dir={self.folder / 'ray'}",
+            f"--ray-client-server-port={client}", f"--temp-dir={self.temporary}",
             f"--node-ip-address={self.head_address}", f"--resources={json.dumps(resources)}",
         )  # fmt: skip
         self._wait(1)
@@ -101,19 +124,24 @@ class Nodes:
         if self.network is not None:
             namespace, address = self.network.add()
             place = f"--node-ip-address={address}"
-        node = self._start(cpus, f"--address={self.head_address}:{self.port}", place, namespace=namespace)
+        node = self._start(cpus, f"--address={self.address}", place, namespace=namespace)
         self._wait(len(self.nodes))
         return node
 
     def _start(self, cpus: int, *flags: str, namespace: str | None = None) -> Node:
-        inside = ["ip", "netns", "exec", namespace] if namespace else []
+        inside, environment = list[str](), self.environment
+        if namespace:
+            inside = ["ip", "netns", "exec", namespace]
+            environment = environment | {"GLOO_SOCKET_IFNAME": LINK}
+            if self.hidden:  # `ip` gives what it runs mounts of its own
+                inside += ["sh", "-c", OWN_DISK, "sh", *map(str, self.hidden), str(self.temporary), "--"]
         command = [
             *inside, str(RAY), "start", "--block", "--disable-usage-stats", f"--num-cpus={cpus}",
             "--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}", *flags,
         ]  # fmt: skip
         log = (self.folder / f"node{len(self.nodes)}.log").open("wb")
         with log:
-            process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=self.folder)
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.folder)
         self.nodes.append(Node(process, namespace))
         return self.nodes[-1]
 
@@ -140,8 +168,11 @@ class Nodes:
 
 
 @contextmanager
-def ray_nodes(*, own_network: bool = False, **environment: str) -> Iterator[Nodes]:
-    """A cluster without nodes yet; `environment` is added to that of its nodes. What was started ends with it."""
+def ray_nodes(*, own_network: bool = False, hidden: Sequence[Path] = (), **environment: str) -> Iterator[Nodes]:
+    """A cluster without nodes yet; `environment` is added to that of its nodes. What was started ends with it.
+
+    `hidden` folders need a network of its own; where there can be none, `Nodes.network` is None.
+    """
     folder = Path(tempfile.mkdtemp(prefix="jpo-", dir="/tmp"))  # short: Ray's sockets lie below it
     token = folder / "token"
     token.touch(mode=0o600)
@@ -150,7 +181,7 @@ def ray_nodes(*, own_network: bool = False, **environment: str) -> Iterator[Node
     kept["PATH"] = f"{RAY.parent}:{kept['PATH']}"  # jobs call `python`
     kept |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)} | environment
     with made_network(own_network) as network:
-        nodes = Nodes(folder, kept, network=network)
+        nodes = Nodes(folder, kept, network=network, hidden=hidden)
         if network is not None:
             nodes.head_address = network.head
         try:
@@ -208,6 +239,7 @@ def made_network(wanted: bool) -> Iterator[Network | None]:
         yield network
     finally:
         for namespace in network.namespaces:
+            _ip("-n", namespace, "link", "delete", LINK)  # or it would go some time after the namespace
             _ip("netns", "delete", namespace)
         _ip("link", "delete", network.name)
 

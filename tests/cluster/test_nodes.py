@@ -1,11 +1,9 @@
-"""A cluster of several nodes on this machine, one of which is lost; and more workers than this machine has cores.
+"""Trainings and pools on a cluster of several real nodes, one of which is lost; and more workers than there are cores.
 
-Each case runs in a process of its own, since a process has one cluster.
+Each case's driver is a process of its own: a process has one connection to Ray, and one environment.
 """
 
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,81 +14,76 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.nodes import Nodes, ray_nodes
 from jpo_ray.files import read_json, write_json
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 TOLERANCE = 2e-3  # of the distance that training moved the weights, as in test_training.py
 
 
-def in_a_process(case: Callable[..., None], *arguments: Any) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=case, args=arguments)
-    process.start()
-    process.join(600)
+def driver(nodes: Nodes, case: Callable[..., None], *arguments: Any) -> Any:
+    """Start `case(ray, *arguments)` in a process that is connected to the nodes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in nodes.environment.items():
+            patch.setenv(name, value)
+        process = multiprocessing.get_context("spawn").Process(target=connected, args=(nodes.address, case, arguments))
+        process.start()
+    return process
+
+
+def connected(address: str, case: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    from ray import cloudpickle
+
+    from cluster import working
+    from jpo_ray.cluster.session import ray_session
+    from jpo_ray.config_cluster import ClusterConfig
+
+    cloudpickle.register_pickle_by_value(working)  # nodes cannot import the tests
+    with ray_session(ClusterConfig(address=address)) as ray:
+        case(ray, *arguments)
+
+
+def ends_well(process: Any) -> None:
+    process.join(800)
     if process.exitcode is None:
         process.kill()
     assert process.exitcode == 0
 
 
-def nodes_of(*cpus: int) -> Any:
-    """A cluster of such nodes that this process is connected to."""
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        del os.environ[name]
-    from jpo_ray.cluster.session import ENVIRONMENT
-
-    os.environ.update(ENVIRONMENT)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    from cluster import working
-
-    ray.cloudpickle.register_pickle_by_value(working)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0]}, shutdown_at_exit=True)
-    others = [cluster.add_node(num_cpus=count) for count in cpus[1:]]
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    cluster.wait_for_nodes()
-    return ray, cluster, others
+def wait_for(process: Any, what: Callable[[], bool]) -> None:
+    while not what():
+        assert process.is_alive()
+        time.sleep(0.02)
 
 
-def lose(cluster: Any, node: Any, when: Callable[[], bool]) -> threading.Thread:
-    """Kill all processes of `node` at once, as soon as `when()`."""
-
-    def watch() -> None:
-        while not when():
-            time.sleep(0.02)
-        cluster.remove_node(node, allow_graceful=False)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
-def train_on_four(folder: Path, llama: Path) -> None:
+def train_on_four(ray: Any, folder: Path, llama: Path) -> None:
     from cluster.running import CLUSTER
-    from cluster.test_faults import LONG, assert_equal, say, trained
+    from cluster.test_faults import LONG, assert_equal, trained
     from cluster.working import Strike
     from cluster.world import make_artifacts
 
-    ray, cluster, _ = nodes_of(4)
     artifacts = make_artifacts(folder, llama)
     four = CLUSTER.model_copy(update={"num_workers": 4, "max_failures": 10})
     recipe = LONG.model_copy(update={"num_train_epochs": 10})  # 30 steps
     whole = trained(ray, four, artifacts, recipe, folder / "whole", [])
     strikes = [Strike(step, rank) for step, rank in ((4, 3), (12, 0), (13, 2), (22, 1))]
     told = trained(ray, four, artifacts, recipe, folder / "struck", strikes)
-    say("SIGKILL of one of four training workers", told)
+    write_json(folder / "told.json", [told.repeated, told.recovery_s])
     assert_equal(told.weights, whole.weights)
-    ray.shutdown()
-    cluster.shutdown()
 
 
 def test_four_workers_are_one_killed_or_not(llama: Path, tmp_path: Path) -> None:
     """Four times one of four is killed: no bit changes; and one process gives the same within rounding."""
-    from cluster.test_faults import LONG
+    from cluster.test_faults import LOG, LONG
     from cluster.world import make_artifacts
     from jpo_ray.engine.jobs import train_preferences
 
     (tmp_path / "four").mkdir()
-    in_a_process(train_on_four, tmp_path / "four", llama)
+    with ray_nodes() as nodes:
+        nodes.start_head(4)
+        ends_well(driver(nodes, train_on_four, tmp_path / "four", llama))
+    repeated, seconds = read_json(tmp_path / "four" / "told.json")
+    LOG.info("SIGKILL of one of four training workers: repeated steps %s, seconds to the next %s", repeated, seconds)
     artifacts = make_artifacts(tmp_path, llama)
     recipe = LONG.model_copy(update={"num_train_epochs": 10})
     train_preferences(tmp_path / "one", "cpu", None, artifacts.inputs, artifacts.model, recipe, None)
@@ -105,23 +98,12 @@ def assert_close(found: dict[str, torch.Tensor], expected: Path) -> None:
     assert apart < TOLERANCE * moved
 
 
-def train_on_nodes(folder: Path, llama: Path, spare: bool) -> None:
+def train_on_nodes(ray: Any, folder: Path, llama: Path) -> None:
     from cluster.running import CLUSTER
     from cluster.test_faults import trained
     from cluster.world import LORA, make_artifacts
 
-    ray, cluster, (second, *_) = nodes_of(1, 1, *([1] if spare else []))
-    artifacts = make_artifacts(folder, llama)
-    steps = folder / "struck" / "steps0"
-    lose(cluster, second, lambda: steps.exists() and steps.read_text().count("\n") >= 7)
-    began = time.monotonic()
-    trained(ray, CLUSTER, artifacts, LORA, folder / "struck", [])
-    lines = (folder / "struck" / "rank0").read_text().splitlines()
-    times = [float(line.split()[0]) for line in steps.read_text().splitlines()]
-    facts = {"attempts": lines, "pause_s": max(np.diff(times)), "seconds": time.monotonic() - began}
-    write_json(folder / "facts.json", facts)
-    ray.shutdown()
-    cluster.shutdown()
+    trained(ray, CLUSTER, make_artifacts(folder, llama), LORA, folder / "struck", [])
 
 
 @pytest.mark.parametrize("spare", [True, False])
@@ -131,39 +113,70 @@ def test_a_lost_node_is_replaced_or_done_without(spare: bool, llama: Path, tmp_p
     from cluster.world import LORA, make_artifacts
     from jpo_ray.engine.jobs import train_preferences
 
-    in_a_process(train_on_nodes, tmp_path, llama, spare)
-    facts = read_json(tmp_path / "facts.json")
-    LOG.info("node lost, %s spare: %s", "a" if spare else "no", facts)
+    notes = tmp_path / "struck"
+    steps = notes / "steps0"
+    with ray_nodes(own_network=True) as nodes:
+        nodes.start_head(0)
+        for _ in range(3 if spare else 2):
+            nodes.add(1)
+        process = driver(nodes, train_on_nodes, tmp_path, llama)
+        wait_for(process, lambda: steps.exists() and steps.read_text().count("\n") >= 7)
+        next(node for node in nodes.nodes[1:] if node.runs("RayTrainWorker")).kill()
+        ends_well(process)
+        seen = "a network each" if nodes.network else "one network"
+    lines = (notes / "rank0").read_text().splitlines()
+    pause = max(np.diff([float(line.split()[0]) for line in steps.read_text().splitlines()]))
+    LOG.info("node lost, %s spare, %s: %.1f s between two steps, %s", "a" if spare else "no", seen, pause, lines)
     artifacts = make_artifacts(tmp_path, llama)
     train_preferences(tmp_path / "one", "cpu", None, artifacts.inputs, artifacts.model, LORA, None)
-    assert_close(load_file(tmp_path / "struck" / "out" / "adapter_model.safetensors"), tmp_path / "one")
-    assert facts["attempts"][-1].startswith(f"{2 if spare else 1} workers from checkpoint-")
+    assert_close(load_file(notes / "out" / "adapter_model.safetensors"), tmp_path / "one")
+    assert lines[-1].startswith(f"{2 if spare else 1} workers from checkpoint-")
 
 
-def score_on_nodes(folder: Path, llama: Path) -> None:
-    from engine.tiny import make_world, plain_scorer
+def score_on_nodes(ray: Any, folder: Path, llama: Path) -> None:
+    from engine.tiny import make_world
 
     from cluster import working
     from cluster.running import CLUSTER, nothing
     from jpo_ray.cluster import reference
-    from jpo_ray.engine.step import score_all
 
-    ray, cluster, (second,) = nodes_of(1, 1)
     reference.PASS_TOKENS = 30
     reference.ReferenceScorer = working.slow(reference.ReferenceScorer, 0.5)  # type: ignore[misc]
-    world, advanced = make_world(llama), list[int]()
-    lose(cluster, second, lambda: len(advanced) >= 3)
+    advanced: list[int] = []
+
+    def advance(count: int) -> None:
+        advanced.append(count)
+        write_json(folder / "advanced.json", [advanced, time.time()])
+
     values, scored = reference.reference_scores(
-        ray, CLUSTER.model_copy(update={"num_actors": 2}), world.tokens, model=llama, dtype="float32",
-        load_in_4bit=False, cache=folder / "cache", key={"test": 1}, begin=nothing, advance=advanced.append,
+        ray, CLUSTER.model_copy(update={"num_actors": 2}), make_world(llama).tokens, model=llama, dtype="float32",
+        load_in_4bit=False, cache=folder / "cache", key={"test": 1}, begin=nothing, advance=advance,
     )  # fmt: skip
     assert scored == sum(advanced) == 24
-    assert sum(node["Alive"] for node in ray.nodes()) == 1
-    plain = score_all(plain_scorer(llama), world.tokens, np.arange(24), max_tokens=400).numpy()
-    assert np.abs(values - plain).max() < 1e-5
-    ray.shutdown()
-    cluster.shutdown()
+    np.save(folder / "values.npy", values)
 
 
 def test_a_pool_goes_on_with_the_nodes_that_are_left(llama: Path, tmp_path: Path) -> None:
-    in_a_process(score_on_nodes, tmp_path, llama)
+    """Two actors on two nodes, one of which is lost: each sequence comes once, with its value."""
+    from engine.tiny import make_world, plain_scorer
+
+    from cluster.test_faults import LOG
+    from jpo_ray.engine.step import score_all
+
+    def scored() -> int:
+        return len(read_json(tmp_path / "advanced.json")[0]) if (tmp_path / "advanced.json").exists() else 0
+
+    with ray_nodes(own_network=True) as nodes:
+        nodes.start_head(0)
+        _, second = nodes.add(1), nodes.add(1)
+        process = driver(nodes, score_on_nodes, tmp_path, llama)
+        wait_for(process, lambda: scored() >= 3)
+        assert second.runs("MapWorker")
+        second.kill()
+        killed = time.time()
+        ends_well(process)
+    last = read_json(tmp_path / "advanced.json")[1]
+    LOG.info("node of one of two reference actors lost: the rest came %.1f s after", last - killed)
+    tokens = make_world(llama).tokens
+    plain = score_all(plain_scorer(llama), tokens, np.arange(24), max_tokens=400).numpy()
+    assert np.abs(np.load(tmp_path / "values.npy") - plain).max() < 1e-5

@@ -18,7 +18,13 @@ from cluster.running import CLUSTER, NoBar, nothing
 from jpo_ray.cluster import resources, training
 from jpo_ray.cluster.embedding import embed_texts
 from jpo_ray.cluster.reference import reference_scores
-from jpo_ray.cluster.resources import await_most, cpus_for_each, require_resources, worker_resources
+from jpo_ray.cluster.resources import (
+    await_most,
+    await_resources,
+    cpus_for_each,
+    require_resources,
+    worker_resources,
+)
 from jpo_ray.cluster.sampling import generate
 from jpo_ray.cluster.session import ray_session
 from jpo_ray.cluster.training import Work, run_training
@@ -103,6 +109,14 @@ def test_a_node_that_is_not_yet_known_as_dead_is_waited_for_and_then_done_withou
     ray = losing(4)
     assert await_most(ray, ClusterConfig(), "train", ONE_CPU, 2) == 1
     assert ray.seen == {"looks": 5, "waits": 4, "groups": 0}
+
+
+def test_a_stage_is_refused_as_soon_as_a_lost_node_is_known_as_dead() -> None:
+    """And not after `wait_s`: what the nodes that are left can never hold is not waited for."""
+    ray = losing(3)
+    with pytest.raises(InputError, match=r"^sample: asks for 2 x 1 CPU, but the cluster has .* on 1 node\(s\); lower"):
+        await_resources(ray, ClusterConfig(), "sample", [ONE_CPU] * 2)
+    assert ray.seen == {"looks": 4, "waits": 3, "groups": 0}
 
 
 def test_room_that_another_holds_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
