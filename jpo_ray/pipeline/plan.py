@@ -18,14 +18,15 @@ from jpo_ray.planning.counts import Counts, count_all
 from jpo_ray.planning.judging import judge_costs, judging_stage
 from jpo_ray.planning.machine import stated_speeds, this_machine
 from jpo_ray.planning.missing import (
+    assumed_of_hub,
     disk_gib,
     free_disk,
     host_memory_gib,
     hub_gib,
-    hub_notes,
     missing_keys,
     missing_machine,
     missing_models,
+    missing_of_hub,
 )
 from jpo_ray.planning.plan import Plan
 from jpo_ray.planning.rounds import counts_of_a_round
@@ -57,8 +58,9 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
     models = missing_models(config, judges)
     needed, downloaded, host = disk_gib(config, shapes), hub_gib(models), host_memory_gib(config, shapes)
     hub = bool(models) or any(line.startswith(OF_THE_HUB) for line in not_here)
+    of_hub, public = (missing_of_hub(config), assumed_of_hub(config)) if hub else ((), ())
     missing = [
-        *not_here, *(model.said for model in models), *hub_notes(config, hub), *missing_keys(judges),
+        *not_here, *(model.said for model in models), *of_hub, *missing_keys(judges),
         *missing_machine(config, machine, stages, host), *free_disk(machine, needed, downloaded, run_dir),
     ]  # fmt: skip
     return Plan(
@@ -73,7 +75,7 @@ def make_plan(config: RunConfig, run_dir: Path | None = None) -> Plan:
         host_memory_gib=host,
         fine_tunes=config.sft is not None,
         on_cpu=not any(has_gpus(config, stage) for stage in STAGES),
-        assumed=[*assumed, *_assumed(config, a_round or counts), *_judges_left_out(unknown), *notes],
+        assumed=[*assumed, *_assumed(config, a_round or counts), *_judges_left_out(unknown), *public, *notes],
         missing=list(dict.fromkeys(missing)),
     )
 

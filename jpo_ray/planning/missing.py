@@ -143,19 +143,26 @@ def host_memory_gib(config: RunConfig, shapes: ModelShapes | None) -> float | No
     return max(workers_of(config, stage) * size for stage, size in each.items()) * shapes.parameters / GIB or None
 
 
-def hub_notes(config: RunConfig, needs_hub: bool) -> Iterator[str]:
-    """What stands between this machine and the Hugging Face Hub, where something is to come from there."""
-    if not needs_hub:
-        return
+def missing_of_hub(config: RunConfig) -> Iterator[str]:
+    """What stands between this machine and the Hugging Face Hub."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         yield "HF_HUB_OFFLINE is set, so nothing will be downloaded"
-    if get_token() is None:
-        gated = config.model.model_name_or_path.startswith(("mistralai/", "meta-llama/", "google/"))
-        yield "HF_TOKEN is not set" + (
-            ": the model's owner may ask to accept terms first" if gated else "; perhaps the Hub asks for it"
-        )
+    if get_token() is None and _asks_for_terms(config):
+        yield "HF_TOKEN is not set: the model's owner may ask to accept terms first"
+
+
+def assumed_of_hub(config: RunConfig) -> Iterator[str]:
+    """Public models and data need no token."""
+    from huggingface_hub import get_token
+
+    if get_token() is None and not _asks_for_terms(config):
+        yield "what comes from the Hub is public: HF_TOKEN is not set"
+
+
+def _asks_for_terms(config: RunConfig) -> bool:
+    return config.model.model_name_or_path.startswith(("mistralai/", "meta-llama/", "google/"))
 
 
 def free_disk(machine: Machine, run_gib: float | None, models_gib: float, run_dir: Path | None) -> Iterator[str]:

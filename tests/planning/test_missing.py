@@ -11,13 +11,14 @@ from jpo_ray.files import write_json
 from jpo_ray.pipeline.plan import make_plan
 from jpo_ray.planning.machine import Machine
 from jpo_ray.planning.missing import (
+    assumed_of_hub,
     disk_gib,
     free_disk,
     host_memory_gib,
     hub_gib,
-    hub_notes,
     missing_machine,
     missing_models,
+    missing_of_hub,
 )
 from jpo_ray.planning.shapes import ModelShapes
 
@@ -60,12 +61,28 @@ def test_disk_of_a_base_merged_from_an_adapter(tmp_path: Path) -> None:
     assert disk_gib(settings, BILLION) == 2
 
 
-def test_a_token_is_perhaps_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_token_is_missing_where_terms_are_to_be_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Public models and data need none: that they are public is assumed, where anything is to come from the Hub."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    assert "HF_TOKEN is not set; perhaps the Hub asks for it" in hub_notes(config(), needs_hub=True)
-    gated = config(model={"model_name_or_path": "google/gemma-2b"})
-    assert any("may ask to accept terms" in line for line in hub_notes(gated, needs_hub=True))
+    public, gated = config(), config(model={"model_name_or_path": "google/gemma-2b"})
+    assert list(missing_of_hub(gated)) == ["HF_TOKEN is not set: the model's owner may ask to accept terms first"]
+    assert list(missing_of_hub(public)) == list(assumed_of_hub(gated)) == []
+    said = "what comes from the Hub is public: HF_TOKEN is not set"
+    assert list(assumed_of_hub(public)) == [said]
+    assert said in make_plan(public).assumed  # its data are on the Hub
+    monkeypatch.setenv("HF_TOKEN", "some-token")
+    assert list(missing_of_hub(gated)) == list(assumed_of_hub(public)) == []
+
+
+def test_nothing_is_missing_of_a_run_on_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a key, a token or a network."""
+    for name in ("OPENAI_API_KEY", "HF_TOKEN", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    source = [{"path": "sandbox", "limit": 20}]
+    items, judge = {"train": source, "test": source}, {"annotator": "sandbox"}
+    assert make_plan(config(items=items, judge=judge, sample={"engine": "transformers"})).missing == []
 
 
 def test_what_is_taken_for_granted_is_said_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
