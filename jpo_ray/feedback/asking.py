@@ -50,7 +50,10 @@ def ask_missing(
     """
     missing = {prompt_key(messages): messages for messages in prompts}
     missing = {key: messages for key, messages in missing.items() if log.get(key) is None}
-    return asyncio.run(_ask_all(model, missing, log, concurrency, progress)) if missing else Asked()
+    try:
+        return asyncio.run(_ask_all(model, missing, log, concurrency, progress)) if missing else Asked()
+    finally:
+        log.send()
 
 
 async def _ask_all(
