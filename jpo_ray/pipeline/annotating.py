@@ -125,7 +125,7 @@ def _scores(config: AnnotatorConfig, cluster: Cluster, given: Given | None) -> S
         if given is None:
             raise InputError("judge.annotator: ratings judge only what they came with; name another annotator")
         if not len(given.ratings):
-            raise InputError("judge.annotator: ratings: the data have none; README.md, `Your data`, names the columns")
+            raise InputError("judge.annotator: ratings: the data have none; docs/data.md names the columns")
         return given_scores(dict(zip(*(column.to_pylist() for column in given.ratings.columns), strict=True)))
     from jpo_ray.sandbox import quality
 

@@ -9,6 +9,8 @@ from jpo_ray import records
 from jpo_ray.errors import InputError
 from pipeline.inline import Cluster, run, small_config
 
+ROOT = Path(__file__).parents[2]
+
 
 def ultrafeedback(path: Path, *, rated: bool = True) -> Path:
     """6 instructions with 3 responses, rated 1 to 18; of the last instruction one is not rated."""
@@ -58,8 +60,10 @@ def test_data_without_ratings_are_one_line(tmp_path: Path, cluster: Cluster) -> 
     config = small_config(
         items={"train": [{"path": str(path)}]}, judge={"annotator": "ratings"}, sample=None, evaluate=None
     )
-    with pytest.raises(InputError, match=r"ratings: the data have none"):
+    with pytest.raises(InputError) as caught:
         run(config, tmp_path / "run", ["items", "pairs", "judge"])
+    assert str(caught.value) == "judge.annotator: ratings: the data have none; docs/data.md names the columns"
+    assert "`judge.annotator: ratings` reads them" in (ROOT / "docs" / "data.md").read_text()
     assert cluster.calls
 
 
