@@ -1,8 +1,10 @@
 """Reading a config: a YAML file, overrides from the command line, and errors that name the key and the mend.
 
 Any key can be overridden as `section.key=value`, and an entry of the `train` list by its name: `train.jpo.beta=0.2`.
+`train.*.beta=0.2` is of all entries.
 """
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +21,7 @@ from jpo_ray.errors import InputError
 # Besides its own errors, PyYAML lets through those of impossible dates and of very deep nesting.
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
-
+EVERY_ENTRY = "train.*."
 Read = TypeVar("Read", bound=Section)
 
 
@@ -96,6 +98,10 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Set `section.key` of a config that is not validated yet. Raises `InputError` where there is no such place."""
     if key.startswith("train.") and not values.get("train"):
         values["train"] = [{"objective": "jpo"}]  # the default entry, to be overridden
+    if key.startswith(EVERY_ENTRY) and isinstance(values["train"], list):
+        for number in range(len(values["train"])):
+            set_key(values, f"train.{number}.{key.removeprefix(EVERY_ENTRY)}", copy.deepcopy(value))
+        return
     node: Any = values
     *parents, last = key.split(".")
     for part in parents:

@@ -84,6 +84,8 @@ def test_a_config_cannot_be_changed(minimal: Path) -> None:
         ("train.0.beta=0.5", lambda c: c.train[0].beta, 0.5),
         ("train.first.beta=1e-2", lambda c: c.train[0].beta, 0.01),
         ("train.dpo.lora_r=4", lambda c: c.train[1].lora_r, 4),
+        ("train.*.seed=3", lambda c: [entry.seed for entry in c.train], [3, 3]),
+        ("train.*.lora_target_modules=[q_proj]", lambda c: c.train[1].lora_target_modules, ["q_proj"]),
         ("items.train.0.path=other.jsonl", lambda c: c.items.train[0].path, "other.jsonl"),
         ("pairs.joint.budget=9", lambda c: c.pairs.joint.budget, 9),
         ("pairs.joint=null", lambda c: c.pairs.joint, None),
@@ -96,7 +98,7 @@ def test_a_config_cannot_be_changed(minimal: Path) -> None:
     ],
 )
 def test_overrides(override: str, read: Any, value: Any, minimal: Path) -> None:
-    """By section and key, entries by number or name, sections that the file does not have, a whole section at once."""
+    """By section and key, entries by number, name or all, sections that the file does not have, a whole section."""
     if override.startswith("model.template"):
         override = "model.template='Q: {instruction} A='"
     assert read(load_config(minimal, [override])) == value
@@ -119,6 +121,8 @@ def test_later_overrides_win_and_null_sections_come_back(minimal: Path) -> None:
         ("seed=" + "[" * 5000, "`seed=[[[["),
         ("train.third.beta=1", "`train.third.beta`: no entry `third` there (entries are named or numbered from 0)"),
         ("train.2.beta=1", "`train.2.beta`: no entry `2` there (entries are named or numbered from 0)"),
+        ("train.*=3", "`train.*`: no entry `*` there (entries are named or numbered from 0)"),
+        ("train.*.beta.x.y=1", "`train.0.beta.x.y`: `x` cannot be set there"),
         ("train.first=3", "`train.first=3`: name a key of the entry, as train.first.beta=0.2"),
         ("train.second=3", "`train.second`: no entry `second` there (entries are named or numbered from 0)"),
         ("model.model_name_or_path.x=1", "`model.model_name_or_path.x=1`: model.model_name_or_path is a value, it has"),
@@ -280,3 +284,4 @@ def test_the_default_train_entry_can_be_overridden(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("items: {train: [{path: data.jsonl}]}\nmodel: {model_name_or_path: sandbox}\n")
     assert load_config(path, ["train.jpo.beta=0.7"]).train_entry("jpo").beta == 0.7
+    assert load_config(path, ["train.*.beta=0.7"]).train_entry("jpo").beta == 0.7
