@@ -140,7 +140,7 @@ def test_generation_ends_where_training_closed_responses(
     assert found.eos_token_id == expected
 
 
-def test_of_a_4_bit_training_the_unquantised_weights_are_merged_and_it_is_said(
+def test_a_training_that_is_recorded_as_4_bit_is_exported_with_a_word_on_it(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = run_dir / "train" / "jpo" / "base_model.json"
