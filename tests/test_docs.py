@@ -1,5 +1,7 @@
 """What README and docs show works: commands parse, configs validate, Python runs, links lead somewhere."""
 
+import argparse
+import copy
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,8 +12,11 @@ import pytest
 import yaml
 
 from jpo_ray.cli_parser import build_parser
+from jpo_ray.config import RunConfig
 from jpo_ray.config_experiment import load_experiment
-from jpo_ray.config_file import load_config, parse_config
+from jpo_ray.config_file import apply_override, load_config, load_files_config, parse_config
+from jpo_ray.config_serve import load_serve_config
+from jpo_ray.errors import InputError
 from jpo_ray.pipeline.plan import make_plan
 from jpo_ray.planning.plan import Plan
 from jpo_ray.planning.show import duration, number
@@ -37,16 +42,69 @@ def commands() -> Iterator[tuple[Path, str]]:
             yield page, line
 
 
+def parsed(page: Path, line: str) -> argparse.Namespace:
+    """A shown command, less what stands for anything (`[section.key=value ...]`)."""
+    words = shlex.split(re.sub(r" \[.*? \.\.\.\]", "", line), comments=True)[1:]
+    try:
+        found, rest = build_parser().parse_known_args(words)
+    except SystemExit:
+        pytest.fail(f"{page.name}: `{line}` does not parse")
+    assert not any(word.startswith("-") for word in rest), f"{page.name}: `{line}`: unknown {rest}"
+    return found
+
+
 def test_commands_parse() -> None:
-    shown = [(page, line) for page, line in commands() if "STAGE" not in line and "[" not in line]
-    assert len(shown) > 15
+    shown = list(commands())
+    assert len(shown) > 30
     for page, line in shown:
-        words = shlex.split(line, comments=True)[1:]
+        parsed(page, line)
+
+
+def check_overrides(found: argparse.Namespace, ones_own: Path) -> None:
+    """Load what the command would load, with its overrides; `ones_own` stands for a config that only the reader has."""
+    config = getattr(found, "config", None)
+    if found.command == "serve":
+        load_serve_config(config and ROOT / config, found.overrides, found.run_dir)
+    elif found.command == "scale":
+        load_experiment(ROOT / found.experiment, found.overrides)
+    elif config is None:
+        load_files_config(found.overrides)
+    else:
+        load_config(ROOT / config if (ROOT / config).exists() else ones_own, found.overrides)
+
+
+def test_overrides_in_commands_are_keys_of_what_they_name(tmp_path: Path) -> None:
+    """In the pages, and in what configs say of themselves."""
+    ones_own = tmp_path / "mine.yaml"
+    ones_own.write_text(yaml.safe_dump(LEAST))
+    shown = [(page, line, parsed(page, line)) for page, line in (*commands(), *commands_of_configs())]
+    shown = [each for each in shown if getattr(each[2], "overrides", None)]
+    assert len(shown) > 10
+    for page, line, found in shown:
         try:
-            _, rest = build_parser().parse_known_args(words)
-        except SystemExit:
-            pytest.fail(f"{page.name}: `{line}` does not parse")
-        assert not any(word.startswith("-") for word in rest), f"{page.name}: `{line}`: unknown {rest}"
+            check_overrides(found, ones_own)
+        except InputError as error:
+            pytest.fail(f"{page.name}: `{line}`: {error}")
+
+
+def test_overrides_within_a_sentence_are_keys() -> None:
+    shown = [
+        (page, text) for page in PAGES for text in re.findall(r"`([a-z_]+(?:\.[a-z0-9_*]+)*=[^`]*)`", page.read_text())
+    ]
+    shown = [(page, text) for page, text in shown if text.partition("=")[0].partition(".")[0] in RunConfig.model_fields]
+    assert len(shown) > 5
+    for page, text in shown:
+        values = copy.deepcopy(LEAST)
+        for override in text.split():
+            apply_override(values, override)
+        parse_config(values, f"{page.name}: `{text}`")
+
+
+def commands_of_configs() -> Iterator[tuple[Path, str]]:
+    for config in (ROOT / "configs").rglob("*.yaml"):
+        text = re.sub(r"\\\n# *", "", config.read_text())
+        for line in re.findall(r"^# +(jpo (?:run|plan|scale) .*--.*)$", text, re.M):
+            yield config, line
 
 
 def test_yaml_blocks_are_sections_of_a_config() -> None:
