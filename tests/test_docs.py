@@ -6,15 +6,16 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from jpo_ray.cli_parser import build_parser
-from jpo_ray.config import RunConfig
+from jpo_ray.config import JointPairs, RunConfig
 from jpo_ray.config_experiment import load_experiment
 from jpo_ray.config_file import apply_override, load_config, load_files_config, parse_config
+from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.config_serve import load_serve_config
 from jpo_ray.errors import InputError
 from jpo_ray.pipeline.plan import make_plan
@@ -233,11 +234,13 @@ def test_python_of_the_quickstart_runs(page: Path, text: str) -> None:
     exec(compile(text, str(page), "exec"), {})
 
 
-def test_examples_of_contributing_run() -> None:
+def test_examples_of_contributing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block defines one function; it is used as the page says."""
     import numpy as np
     import torch
 
+    from jpo_ray.config import Source
+    from jpo_ray.data import formats, sources
     from jpo_ray.feedback.annotators import Annotator, Answer, Comparison, Progress
     from jpo_ray.feedback.judge import judge
     from jpo_ray.objectives import Outcome
@@ -247,7 +250,7 @@ def test_examples_of_contributing_run() -> None:
 
     space: dict[str, Any] = {"Sequence": tuple, "Priorities": Any}
     space |= {kind.__name__: kind for kind in (Items, Edges, Outcome, Annotator, Answer, Comparison, Tile)}
-    space |= {"of_margins": of_margins, "Progress": Progress}
+    space |= {"of_margins": of_margins, "Progress": Progress, "Row": formats.Row, "_text": formats._text}
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for block in re.findall(r"^( *)```python\n(.*?)^ *```$", text, re.M | re.S):
         lines = [line.removeprefix(block[0]) for line in block[1].splitlines()]
@@ -266,6 +269,29 @@ def test_examples_of_contributing_run() -> None:
     side = Side(np.arange(2, dtype=np.uint64), np.arange(2, dtype=np.int64))
     cosine = np.array([[1.0, 0.2], [0.2, 1.0]], dtype=np.float32)
     assert space["distant"](Tile(side, side, cosine, 0)).argmax(axis=1).tolist() == [1, 0]
+
+    monkeypatch.setitem(formats.REQUIRED, "thumbs", ("question", "good", "bad"))  # the line, the branch
+    monkeypatch.setattr(sources, "row_of", lambda values, _, where: space["thumbs_row"](values, where))
+    (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "good": "So.", "bad": 3}\n' * 2)
+    with pytest.raises(InputError, match=r"rows\.jsonl line 1: .*`bad`.*set items\.on_bad_rows: skip"):
+        sources.read_source(Source(path=str(tmp_path / "rows.jsonl")), "fail")
+    (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "good": "So.", "bad": "No."}\n')
+    (row,) = sources.read_source(Source(path=str(tmp_path / "rows.jsonl")), "fail").rows
+    assert (row.items, row.verdict, row.kind) == ((("Why?", "So."), ("Why?", "No.")), "a", "thumbs")
+
+
+def test_contributing_names_the_places_that_list_what_is_added() -> None:
+    """The names of strategies, annotators and formats stand where it says: in the tables and in the reference."""
+    text, reference = (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "configs" / "reference.yaml").read_text()
+    tables = {"An annotator": "judging.md", "A strategy": "pairs.md", "A reader": "data.md"}
+    for heading, page in tables.items():
+        section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+        assert f"`docs/{page}`" in section
+        assert "`configs/reference.yaml`" in section
+    for model, key, page in ((AnnotatorConfig, "annotator", "judging.md"), (JointPairs, "strategy", "pairs.md")):
+        for name in get_args(model.model_fields[key].annotation):
+            assert f"`{name}`" in (ROOT / "docs" / page).read_text(), name
+            assert re.search(rf"^ +{key}: .*\b{name}\b", reference, re.M), name
 
 
 def test_links_within_the_repository_lead_somewhere() -> None:
