@@ -67,6 +67,8 @@ class ClusterConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = 3  # restarts of a training worker group
     # A training worker that keeps the others, or Ray, waiting longer has failed.
     collective_timeout_s: Positive = 300.0
+    # One that finishes no step for so long has too: loading, evaluation and checkpoints are between steps.
+    progress_timeout_s: Positive = 7200.0
     actor_timeout_s: Positive = 900.0  # longest wait for the next result of actors or tasks, their start included
     wait_s: Positive = 600.0  # longest wait for resources that others hold, or for nodes to come
     lease_wait_s: Annotated[float, Field(ge=0)] = 0.0  # longest wait for another run's hold on the run directory to end

@@ -5,13 +5,14 @@ the newest valid one; so does a worker group that Ray Train restarts. The folder
 its place on an object store: workers then fetch what they read to where they run, and rank 0 leaves there what it made.
 """
 
+import faulthandler
 import itertools
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,25 @@ def run_here(ray: Any, config: ClusterConfig, work: Work, out: Path) -> Any:
     wanted = worker_resources(ray, config, config.trainings_at_once)
     torch.set_num_threads(int(wanted["CPU"]))
     fetch_checkpoints(out)
-    return work.function(out, "cuda" if wanted.get("GPU") else "cpu", lambda *_: None, *work.arguments)
+    with _watched(config.progress_timeout_s) as alive:
+        return work.function(out, "cuda" if wanted.get("GPU") else "cpu", lambda *_: alive(), *work.arguments)
+
+
+@contextmanager
+def _watched(timeout_s: float) -> Iterator[Callable[[], None]]:
+    """End this process, its stacks in the log, where what it is given is not called for `timeout_s`.
+
+    Ray sees a process that stops, not a thread that waits for a disk, a GPU or a lock.
+    """
+
+    def alive() -> None:
+        faulthandler.dump_traceback_later(timeout_s, exit=True)
+
+    alive()
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def run_training(
@@ -157,6 +176,7 @@ def _fit(
     gpu = bool(wanted.get("GPU"))
     os.environ.update(_environment(config))
     settings = {"work": work, "out": out, "board": board, "threads": int(wanted["CPU"]), "gpu": gpu}
+    settings |= {"progress_timeout_s": config.progress_timeout_s}
     settings |= {"needs": origins(work.arguments, work.needs), "driver": ray.get_runtime_context().get_node_id()}
     trainer = TorchTrainer(
         _worker,
@@ -207,18 +227,20 @@ def _worker(settings: dict[str, Any]) -> None:
 
     def progress(done: int, total: int, metrics: dict[str, float]) -> None:
         nonlocal sent
+        alive()
         if rank == 0 and (time.monotonic() - sent > POLL_S or done == total):
             sent = time.monotonic()
             board.update.remote(done, total, metrics | fewer)
 
     device = "cuda" if settings["gpu"] else "cpu"
     try:
-        for origin in settings["needs"]:
-            origin.fetch()
-        fetch_checkpoints(out)
-        result = work.function(out, device, progress, *work.arguments)
-        if rank == 0:
-            _hand_over(out, ray.get_runtime_context().get_node_id() == settings["driver"])
+        with _watched(settings["progress_timeout_s"]) as alive:
+            for origin in settings["needs"]:
+                origin.fetch()
+            fetch_checkpoints(out)
+            result = work.function(out, device, progress, *work.arguments)
+            if rank == 0:
+                _hand_over(out, ray.get_runtime_context().get_node_id() == settings["driver"])
     except InputError as error:
         ray.get(board.finish.remote(None, str(error)))
         raise  # or the other workers would wait for this one; the next attempt ends as it starts

@@ -188,3 +188,11 @@ def test_a_worker_that_fails_ends_the_run_though_another_waits_for_it(ray_cluste
         run_training(ray_cluster, once, "train", Work(working.failing, (tmp_path,)), tmp_path / "out", nothing)
     assert time.monotonic() - started < CLUSTER.collective_timeout_s
     assert (tmp_path / "rank1").read_text() == "an attempt\n"
+
+
+def test_a_worker_that_finishes_no_step_is_started_again(ray_cluster: Any, tmp_path: Path) -> None:
+    """Alone, so that no other waits for it, and its process answers Ray."""
+    alone = CLUSTER.model_copy(update={"num_workers": 1, "progress_timeout_s": 3.0})
+    work = Work(working.stuck, (tmp_path,))
+    assert run_training(ray_cluster, alone, "train", work, tmp_path / "out", nothing) == "done"
+    assert (tmp_path / "rank0").read_text() == "an attempt\nan attempt\n"

@@ -103,6 +103,15 @@ def refused(out: Path, device: str, progress: Any, notes: Path, *ranks: int) -> 
     sum_over_workers(torch.zeros(1))
 
 
+def stuck(out: Path, device: str, progress: Any, notes: Path) -> str:  # noqa: ARG001
+    """The first attempt waits for ever after its first step, while its process lives."""
+    _note(notes)
+    progress(1, 2, {})
+    if (notes / "rank0").read_text().count("\n") == 1:
+        threading.Event().wait()
+    return "done"
+
+
 def failing(out: Path, device: str, progress: Any, notes: Path) -> None:  # noqa: ARG001
     """Rank 1 fails while rank 0 waits for it."""
     import torch
