@@ -209,6 +209,51 @@ def test_chat_template_parts_are_the_conversation(with_bos: Any) -> None:
     )
 
 
+# As the models ship them, less what refuses other roles and orders.
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token + ' ' }}{% endif %}"
+    "{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["with_bos", "spacing"])
+def test_mistrals_chat_template(kind: str, request: pytest.FixtureRequest) -> None:
+    """No generation prompt: the answer follows `[/INST]` without a space. What stands after its EOS is left out."""
+    tokenizer = request.getfixturevalue(kind)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+    )
+    tokenizer.chat_template = MISTRAL
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    assert prompt_texts(tokenizer, CHAT, ["Name a fruit."]) == [f"{bos}[INST] Name a fruit. [/INST]"]
+    prompt, response = parts(one(tokenizer, CHAT, "Name a fruit.", "An apple."))
+    assert prompt == [tokenizer.bos_token_id, *bare(tokenizer, "[INST] Name a fruit. [/INST]")]
+    assert tokenizer.convert_ids_to_tokens(response)[-1] == eos
+    assert response.count(tokenizer.eos_token_id) == 1
+    text = "".join(tokenizer.convert_ids_to_tokens(response[:-1])).replace("▁", " ").replace("Ġ", " ")
+    assert text == "An apple."
+
+
+def test_gemmas_chat_template(with_bos: Any) -> None:
+    """The end of a turn is not EOS, which comes after it; texts are trimmed, the assistant is called model."""
+    tokenizer = chatty(with_bos, GEMMA)
+    before, after = "<start_of_turn>user\nName a fruit.<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n"
+    assert prompt_texts(tokenizer, CHAT, [" Name a fruit.\n"]) == ["<bos>" + before]
+    prompt, response = parts(one(tokenizer, CHAT, " Name a fruit.\n", "  An apple. "))
+    assert prompt == [1, *bare(tokenizer, before)]
+    assert response == [*bare(tokenizer, "An apple." + after), 2]
+    cut = tokenize(tokenizer, CHAT, ["Name a fruit."], ["An apple"], ended=[False])
+    assert parts(cut)[1] == bare(tokenizer, "An apple")
+
+
 def test_a_chat_template_that_writes_bos_gets_no_second_one(with_bos: Any) -> None:
     tokenizer = chatty(with_bos, "{{ bos_token }}" + TURNS)
     prompt, _ = parts(one(tokenizer, CHAT, "Name a fruit.", "An apple."))
