@@ -261,7 +261,8 @@ def choose(
     parts: str | None = None,
     kill: bool = False,
 ) -> Row:
-    from jpo_ray.cluster.pairing import JointProblem, joint_pairs
+    from jpo_ray.cluster.joint_problem import JointProblem
+    from jpo_ray.cluster.pairing import joint_pairs
     from jpo_ray.cluster.tiles import share
 
     vectors, side, bar = make_vectors(count), _side(count), Bar(kill)
@@ -292,7 +293,7 @@ def exact_lists(count: int, keep: int, cpus: int) -> Row:
 
 def _nearest(ray: Any, vectors: Any, keep: int, **options: Any) -> tuple[Any, Any, Any]:
     """Tiles of the nearest `keep` of every item, the problem and the search."""
-    from jpo_ray.cluster.pairing import JointProblem
+    from jpo_ray.cluster.joint_problem import JointProblem
     from jpo_ray.cluster.tiles import Tiles
 
     side = _side(len(vectors.array))

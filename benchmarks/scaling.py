@@ -11,8 +11,9 @@
 
 Each measurement runs in a process of its own, with a Ray of its own. Items are synthetic (two responses to each
 instruction, ratings as scores, vectors of 384 dimensions), so that embedding and oracle cost nothing. Memory is what a
-process has for itself (unique set size), sampled ten times a second; of the workers, all together. CPU time is that of
-this process and of its workers: other work on the machine changes it less than it changes the seconds.
+process has for itself (unique set size; what it reads in Ray's object store is shared), looked at five times a second
+from a process beside; of the workers, all together. CPU time is that of this process and of its workers: other work on
+the machine changes it less than it changes the seconds.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scaled.edges import measure_edges
-from scaled.memory import Memory, Row, measured
+from scaled.memory import Memory, Row, measured, watching
 
 from jpo_ray import shards
 from jpo_ray.artifacts import package_versions
@@ -48,7 +49,8 @@ TOKEN_ITEMS = (300, 3_000, 30_000)
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         name, options, out = sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4])
-        write_json(out, {"rows": list(WORKERS[name](**options))})
+        with watching() as memory:
+            write_json(out, {"rows": list(WORKERS[name](memory, **options))})
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
@@ -98,12 +100,12 @@ def _apart(name: str, **options: Any) -> list[Row]:
         return rows
 
 
-def measure_cache(rows: int) -> Iterator[Row]:
+def measure_cache(memory: Memory, rows: int) -> Iterator[Row]:
     from jpo_ray.cluster.reference import COMMIT_SEQUENCES
     from jpo_ray.data.tokens import TokenizedItems
     from jpo_ray.engine.reference import append_cache, missing_rows, read_cache
 
-    memory, folder = Memory(), Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp())
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 32_000, 100 * rows, dtype=np.int32)
     values = -rng.random((rows, 2)) * 100
@@ -124,7 +126,7 @@ def measure_cache(rows: int) -> Iterator[Row]:
     shutil.rmtree(folder)
 
 
-def measure_sharing(items: int) -> Iterator[Row]:
+def measure_sharing(memory: Memory, items: int) -> Iterator[Row]:
     from jpo_ray.engine.batches import Limits, graph
 
     rng = np.random.default_rng(0)
@@ -132,7 +134,6 @@ def measure_sharing(items: int) -> Iterator[Row]:
     if len(first) > shards.ROWS:  # as many of all pairs, at random
         chosen = rng.choice(len(first), shards.ROWS, replace=False)
         first, second = first[chosen], second[chosen]
-    memory = Memory()
     for per_step in STEPS:
         row: Row = {"work": "one shard's batches", "items": items, "comparisons": len(first), "per step": per_step}
         with measured(memory, row, len(first)):
@@ -141,14 +142,14 @@ def measure_sharing(items: int) -> Iterator[Row]:
         yield row | {"items per comparison": scored / len(first)}
 
 
-def measure_tokens(items: int) -> Iterator[Row]:
+def measure_tokens(memory: Memory, items: int) -> Iterator[Row]:
     from jpo_ray.data.tokens import Layout, tokenize
     from jpo_ray.engine.model import load_model, load_tokenizer
     from jpo_ray.engine.scoring import make_scorer
     from jpo_ray.engine.step import score_all
     from jpo_ray.sandbox import BASE_MODEL, make_rows
 
-    memory, rows = Memory(), make_rows("train", items // 2, 0)
+    rows = make_rows("train", items // 2, 0)
     scorer = make_scorer(load_model(BASE_MODEL, dtype="float32"))
     texts = [(row["instruction"], row[name]) for row in rows for name in ("response_0", "response_1")]
     made: Row = {"work": "items and tokens", "items": items, "step": "tokenize"}

@@ -1,6 +1,7 @@
 """Tables with a row per comparison: one Parquet file, or, where there are many rows, a folder of files, its shards.
 
-Shards are written and read one at a time, so that nobody needs memory for all comparisons. A shard of pairs, of
+Shards are written and read one at a time, so that nobody needs memory for all comparisons; in tasks, where they have
+more than a few, so that the driver's memory is that of a small run. A shard of pairs, of
 judgments and of preferences that belong together have the same name. Each file's footer holds how many rows of each
 split and protocol are in it. `pyarrow.parquet.read_table` reads both forms.
 """
@@ -8,7 +9,6 @@ split and protocol are in it. `pyarrow.parquet.read_table` reads both forms.
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 Kind = tuple[str, str]  # split, protocol
 COUNTS = b"jpo_ray.counts"
 ROWS = 2**20  # of a shard, about
+FEW = 2**16  # comparisons that a driver may hold
 # Columns of few distinct values. A shard's item ids need more room than Parquet's default for them, 1 MiB, beyond which
 # each would stand there in full.
 REPEATED = {
@@ -53,17 +54,17 @@ def write_shard(path: Path, table: pa.Table, schema: pa.Schema) -> None:
     path.write_bytes(shard_bytes(table, schema))
 
 
-def shard_bytes(table: pa.Table, schema: pa.Schema) -> bytes:
-    """The contents of such a file."""
+def shard_bytes(table: pa.Table, schema: pa.Schema) -> pa.Buffer:
+    """The contents of such a file. Ray hands buffers on without a copy."""
     table = table.select(schema.names).cast(schema)
     if {"split", "protocol"} <= set(schema.names):
         table = table.replace_schema_metadata({COUNTS: json.dumps(_written(kinds_in(table)))})
-    buffer = BytesIO()
+    written = pa.BufferOutputStream()
     repeated = [name for name in schema.names if name in REPEATED]
     pq.write_table(
-        table, buffer, compression="zstd", use_dictionary=repeated, dictionary_pagesize_limit=DICTIONARY_BYTES
+        table, written, compression="zstd", use_dictionary=repeated, dictionary_pagesize_limit=DICTIONARY_BYTES
     )
-    return buffer.getvalue()
+    return written.getvalue()
 
 
 def kinds_in(table: pa.Table) -> Counter[Kind]:
@@ -88,15 +89,21 @@ def distinct_values(paths: Iterable[Path], columns: Sequence[str]) -> pa.Array:
     """The distinct values of some columns of strings together, in order of appearance, file by file."""
     seen = pa.array([], pa.string())
     for path in paths:
-        table = pq.read_table(path, columns=list(columns))
-        parts = [column.unique() for column in table.columns]
-        seen = pa.concat_arrays([seen, *parts]).unique()
+        for column in columns:  # as numbers of few strings: whole columns of them take ten times the memory
+            [whole] = pq.read_table(path, columns=[column], read_dictionary=[column]).columns
+            parts = [chunk.dictionary.take(chunk.indices.unique().drop_null()) for chunk in whole.chunks]
+            seen = pa.concat_arrays([seen, *(part.cast(pa.string()) for part in parts)]).unique()
     return seen
 
 
-def read_shard(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+def file_buffer(path: Path) -> pa.Buffer:
+    """A file's contents, for a task that may run where the file is not; `read_shard` reads them."""
+    return pa.py_buffer(path.read_bytes())
+
+
+def read_shard(path: Path | pa.Buffer, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
     """One file, or some of its columns."""
-    table = pq.read_table(path, schema=schema, columns=columns)
+    table = pq.read_table(path if isinstance(path, Path) else pa.BufferReader(path), schema=schema, columns=columns)
     return table if columns is None else table.select(columns)
 
 

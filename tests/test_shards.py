@@ -40,3 +40,23 @@ def test_a_folder_of_shards_reads_like_one_file(tmp_path: Path) -> None:
 def test_a_file_of_another_program_is_counted(tmp_path: Path) -> None:
     pq.write_table(pairs(4, "train"), tmp_path / "pairs.parquet")
     assert shards.kinds_of(tmp_path / "pairs.parquet") == {("train", "conditional"): 2, ("train", "joint"): 2}
+
+
+def test_distinct_values_are_those_of_whole_columns_in_order(tmp_path: Path) -> None:
+    """Also where a column's values do not fit the dictionary, and stand in several row groups."""
+    table = pairs(50, "train")
+    pq.write_table(table, tmp_path / "plain.parquet", use_dictionary=False, row_group_size=7)
+    pq.write_table(table, tmp_path / "some.parquet", dictionary_pagesize_limit=20, row_group_size=30)
+    expected = [*table["item_b"].to_pylist(), "a0", "a1", "a2"]
+    for name in ("plain", "some"):
+        found = shards.distinct_values([tmp_path / f"{name}.parquet"], ["item_b", "item_a"])
+        assert found.type == pa.string()
+        assert found.to_pylist() == expected
+
+
+def test_a_file_is_read_where_it_is_not(tmp_path: Path) -> None:
+    shards.write_shard(tmp_path / "pairs.parquet", pairs(4, "train"), records.PAIRS)
+    buffer = shards.file_buffer(tmp_path / "pairs.parquet")
+    (tmp_path / "pairs.parquet").unlink()
+    assert shards.read_shard(buffer, records.PAIRS).equals(pairs(4, "train"))
+    assert shards.read_shard(buffer, records.PAIRS, ["item_b", "item_a"]).column_names == ["item_b", "item_a"]

@@ -20,13 +20,8 @@ WIDTH = 384
 PER_STEP = 512  # comparisons of a training step
 
 
-def measure_edges(items: int, edges: int) -> Iterator[Row]:
+def measure_edges(memory: Memory, items: int, edges: int) -> Iterator[Row]:
     from jpo_ray.config_file import parse_config
-    from jpo_ray.pipeline import STAGES
-    from jpo_ray.pipeline.context import Context
-    from jpo_ray.pipeline.judge_stage import judge_all
-    from jpo_ray.pipeline.pair_shards import make_pairs
-    from jpo_ray.runs import RunDir
 
     root = Path(tempfile.mkdtemp())
     make_items(root, items)
@@ -43,7 +38,20 @@ def measure_edges(items: int, edges: int) -> Iterator[Row]:
         },
         "benchmark",
     )
-    memory, base = Memory(), {"work": f"edges ({items:,} items, {edges:,} comparisons)"}
+    base = {"work": f"edges ({items:,} items, {edges:,} comparisons)"}
+    yield from _stages(memory, base, root, config, edges)
+    yield from _sampler(memory, base, root, config.train[0])
+    shutil.rmtree(root)
+
+
+def _stages(memory: Memory, base: Row, root: Path, config: Any, edges: int) -> Iterator[Row]:
+    """What `pairs` (after the embeddings) and `judge` do."""
+    from jpo_ray.pipeline import STAGES
+    from jpo_ray.pipeline.context import Context
+    from jpo_ray.pipeline.judge_stage import judge_all
+    from jpo_ray.pipeline.pair_shards import make_pairs
+    from jpo_ray.runs import RunDir
+
     with ExitStack() as stack:
         context = Context(RunDir(root), config, Console(file=StringIO()), STAGES, stack)
         ray = context.ray()
@@ -59,8 +67,6 @@ def measure_edges(items: int, edges: int) -> Iterator[Row]:
         with measured(memory, judged, edges):
             judge_all(context, root / "judge")
         yield judged | _stored(root / "judge" / "judgments.parquet")
-    yield from _sampler(memory, base, root, config.train[0])
-    shutil.rmtree(root)
 
 
 def _sampler(memory: Memory, base: Row, root: Path, entry: Any) -> Iterator[Row]:

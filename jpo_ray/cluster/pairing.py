@@ -9,15 +9,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from jpo_ray.cluster.joint_problem import (
+    JointProblem,
+    check_least,
+    check_limits,
+    how_to_mend,
+    limits_text,
+    too_few,
+)
 from jpo_ray.cluster.tiles import TIMEOUT_S, SharedVectors, Tiles, by_row, numbered
 from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
 from jpo_ray.pairs.candidates import Candidates, Search, joined
 from jpo_ray.pairs.clusters import cluster
 from jpo_ray.pairs.plans import Exact, Parts, Plan, grouped
-from jpo_ray.pairs.selection import Limits, candidates_per_row, select
-from jpo_ray.pairs.sides import Ints, Side, rank_in_run
-from jpo_ray.pairs.strategies import STRATEGIES
+from jpo_ray.pairs.selection import candidates_per_row, select
+from jpo_ray.pairs.sides import Ints, Side, random_groups, rank_in_run
+from jpo_ray.pairs.strategies import STRATEGIES, uniform
 
 CLUSTER_SIZE = 256  # of approximate candidates: rows that meet the same columns
 MOST_CANDIDATES = 2**26  # that longer lists may hold: 1.1 GiB
@@ -29,36 +37,6 @@ JOINING_ITEMS = 4096  # that look for them where not all pairs can be looked at
 JOINING = 2  # partners in other parts of the graph that an item looks for
 
 PlanOf = Callable[[Ints], Plan]
-
-
-@dataclass(frozen=True)
-class JointProblem:
-    """What to choose pairs of, and within which limits."""
-
-    rows: Side
-    columns: Side  # the same object as `rows` where items are compared among themselves
-    vectors: SharedVectors
-    config: JointPairs
-    budget: int
-    seed: int
-    budget_key: str = "pairs.joint.budget"  # what the config calls the budget
-    at_most: bool = False  # the budget is no more than wished for
-    timeout_s: float = TIMEOUT_S
-
-    @property
-    def symmetric(self) -> bool:
-        return self.rows is self.columns
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.budget, self.config.min_per_item, self.config.max_per_item, self.config.connected)
-
-    @property
-    def band(self) -> tuple[float, float]:
-        return self.config.min_similarity, self.config.max_similarity
-
-    def search(self, keep: int, bins: int = 1) -> Search:
-        return Search(self.config.strategy, self.band, keep, self.seed, bins)
 
 
 @dataclass(frozen=True)
@@ -120,8 +98,8 @@ def joint_pairs(ray: Any, problem: JointProblem, bar: Any, parts: Path | None = 
                     for size in np.unique(kept[deeper])]  # fmt: skip
         found = _replaced(found, deeper, parts_of, bins)
     if missing and not problem.at_most:
-        raise too_few(problem, len(chosen.numbers), exact=exact, complete=not len(deeper))
-    _check_least(problem, chosen.degree)
+        raise too_few(problem, len(chosen.numbers), exact=exact, most=MOST_CANDIDATES if len(deeper) else None)
+    check_least(problem, chosen.degree)
     table = {name: getattr(every, name)[chosen.numbers] for name in ("row", "column", "similarity")}
     return JointChoice(pa.table(table), notes)
 
@@ -149,8 +127,8 @@ def _joining(
     if not any(len(some.row) for some in found):
         limited = " and their limit" if problem.limits.max_per_item else ""
         raise InputError(
-            f"pairs.joint.connected: the pairs that {_limits_text(problem)} leave fall into {count} parts{limited}, "
-            f"which no pair joins; {_mend(problem)}"
+            f"pairs.joint.connected: the pairs that {limits_text(problem)} leave fall into {count} parts{limited}, "
+            f"which no pair joins; {how_to_mend(problem)}"
         )
     return found
 
@@ -176,6 +154,8 @@ def _replaced(found: Candidates, rows: Ints, parts: list[Candidates], bins: int)
 def make_plan(tiles: Tiles, problem: JointProblem, search: Search) -> tuple[PlanOf, bool, dict[str, Any]]:
     """How rows meet columns, whether that is all of them, and what to tell about it."""
     rows, columns = problem.rows, problem.columns
+    if _any_partner_will_do(problem, search):
+        return _sampled_plan(problem, search)
     if rows.groups is not None or max(len(rows), len(columns)) <= problem.config.approximate_above:
         return lambda some: _exact_plan(problem, some), True, {}
     strategy = STRATEGIES[problem.config.strategy]
@@ -210,92 +190,40 @@ def make_plan(tiles: Tiles, problem: JointProblem, search: Search) -> tuple[Plan
     return lambda some: Parts.of(some, row_parts, column_parts, meets, extra, problem.seed), False, notes
 
 
+def _any_partner_will_do(problem: JointProblem, search: Search) -> bool:
+    """Whether an item's partners may be looked for in any sample, and one is not most of the columns."""
+    plain = STRATEGIES[search.strategy].priority is uniform and search.bins == 1 and search.band == (-1, 1)
+    limits, groups = problem.limits, problem.rows.groups
+    limited = limits.min_per_item or limits.max_per_item is not None or limits.connected
+    return plain and groups is None and not limited and 2 * _sample_size(search) < len(problem.columns)
+
+
+def _sample_size(search: Search) -> int:
+    return max(SAMPLED_COLUMNS, 4 * search.keep)
+
+
+def _sampled_plan(problem: JointProblem, search: Search) -> tuple[PlanOf, bool, dict[str, Any]]:
+    """Random groups of rows meet some random groups of columns each: the work grows with the items, not their square.
+
+    Every group of columns is met by as many groups of rows, so that no item is likelier to be a partner than another.
+    """
+    rows, columns, seed = problem.rows, problem.columns, problem.seed
+    row_groups, column_groups = (-(-len(side) // CLUSTER_SIZE) for side in (rows, columns))
+    met = min(column_groups, 1 + -(-_sample_size(search) // CLUSTER_SIZE))  # groups are of that size or a little less
+    offsets = np.random.default_rng([seed, 0x6578]).choice(column_groups, met, replace=False)
+    meets = (np.arange(row_groups)[:, None] * column_groups // row_groups + offsets) % column_groups
+    row_parts, column_parts = (
+        random_groups(rows.keys, row_groups, seed),
+        random_groups(columns.keys, column_groups, seed),
+    )
+    notes = {"columns met at random": met * len(columns) // column_groups}
+    return lambda some: Parts.of(some, row_parts, column_parts, meets, 0, seed), False, notes
+
+
 def _nearness(near: Ints, row_parts: Ints, column_parts: Ints) -> Ints:
     """Place of each pair's column cluster among the nearest of its row's; the number of places where not among them."""
     hit = near[row_parts] == column_parts[:, None]
     return np.where(hit.any(axis=1), hit.argmax(axis=1), near.shape[1])
-
-
-def check_limits(problem: JointProblem, nodes: int) -> None:
-    """Raise `InputError` where the limits contradict each other, whatever the similarities."""
-    config, limits = problem.config, problem.limits
-    key = problem.budget_key
-    most = (
-        len(problem.rows) * (len(problem.rows) - 1) // 2
-        if problem.symmetric
-        else len(problem.rows) * len(problem.columns)
-    )
-    if limits.budget > most:
-        raise InputError(
-            f"pairs.joint: {_sides_text(problem)} make {most} pairs, the budget asks for {limits.budget}; lower {key}"
-        )
-    narrow = min(len(problem.rows), len(problem.columns))
-    if not problem.symmetric and limits.max_per_item is not None and limits.budget > limits.max_per_item * narrow:
-        raise InputError(
-            f"pairs.joint.max_per_item: {_sides_text(problem)} in at most {limits.max_per_item} pairs each make at "
-            f"most {limits.max_per_item * narrow} pairs, the budget asks for {limits.budget}; raise it or lower {key}"
-        )
-    if limits.max_per_item is not None and 2 * limits.budget > limits.max_per_item * nodes:
-        raise InputError(
-            f"pairs.joint.max_per_item: {nodes} items in at most {limits.max_per_item} pairs each make at most "
-            f"{limits.max_per_item * nodes // 2} pairs, the budget asks for {limits.budget}; raise it or lower {key}"
-        )
-    if config.min_per_item * nodes > 2 * limits.budget:
-        raise InputError(
-            f"pairs.joint.min_per_item: {nodes} items in at least {config.min_per_item} pairs each take at least "
-            f"{-(-config.min_per_item * nodes // 2)} pairs, the budget gives {limits.budget}; lower it or raise {key}"
-        )
-    if limits.connected and limits.budget < nodes - 1:
-        raise InputError(
-            f"pairs.joint.connected: it takes {nodes - 1} pairs to connect {nodes} items, the budget gives "
-            f"{limits.budget}; raise {key} or set connected: false"
-        )
-
-
-def _check_least(problem: JointProblem, degree: Ints) -> None:
-    wanted = problem.config.min_per_item
-    if (degree < wanted).any():
-        raise InputError(
-            f"pairs.joint.min_per_item: {int((degree < wanted).sum())} of {len(degree)} items are in fewer than "
-            f"{wanted} pairs (the fewest: {int(degree.min())}); {_mend(problem)}, raise {problem.budget_key} or "
-            "lower it"
-        )
-
-
-def _limits_text(problem: JointProblem) -> str:
-    low, high = problem.band
-    capped = f" and max_per_item {problem.limits.max_per_item}" if problem.limits.max_per_item else ""
-    within = " within the groups" if problem.rows.groups is not None else ""
-    return f"the similarity band [{low:g}, {high:g}]{capped}{within}"
-
-
-def _sides_text(problem: JointProblem) -> str:
-    if problem.symmetric:
-        return f"{len(problem.rows)} items"
-    return f"{len(problem.rows)} items on one side and {len(problem.columns)} on the other"
-
-
-def _mend(problem: JointProblem) -> str:
-    mends = ["raise group_size"] if problem.rows.groups is not None else []
-    mends += ["raise max_per_item"] if problem.limits.max_per_item else []
-    mends += ["widen min_similarity/max_similarity"] if problem.band != (-1, 1) else []
-    return ", ".join(mends) or "add items of other instructions"
-
-
-def too_few(problem: JointProblem, count: int, *, exact: bool = True, complete: bool = True) -> InputError:
-    """The error of a band, groups or limits that leave fewer pairs than the budget."""
-    where = _limits_text(problem)
-    said = (
-        f"{where} leaves {count} pairs" if not problem.limits.max_per_item else f"in {where} {count} pairs were found"
-    )
-    if not exact:
-        said += " among the approximate candidates (raise approximate_above to look at all pairs)"
-    elif not complete:
-        said += f" among the {MOST_CANDIDATES:,} candidates that are looked at most"
-    return InputError(
-        f"pairs.joint: {said}, the budget asks for {problem.limits.budget}; {_mend(problem)} or lower "
-        f"{problem.budget_key}"
-    )
 
 
 def near_duplicates(

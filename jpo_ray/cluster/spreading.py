@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jpo_ray.cluster.pairing import JointProblem, check_limits, make_plan, too_few
+from jpo_ray.cluster.joint_problem import JointProblem, check_limits, too_few
+from jpo_ray.cluster.pairing import make_plan
 from jpo_ray.cluster.shards import map_shards
 from jpo_ray.cluster.tiles import Tiles
 from jpo_ray.config_cluster import ClusterConfig

@@ -26,8 +26,8 @@ JUDGMENTS, PREFERENCES, OTHERS = "judgments.parquet", "preferences.parquet", "ot
 class Judged:
     """What judging some pairs gave: files' contents, and what they say together."""
 
-    judgments: bytes
-    preferences: bytes
+    judgments: pa.Buffer
+    preferences: pa.Buffer
     tally: Tally
     decisive: int
     joint: int  # joint pairs, and those of them with a valid verdict
@@ -76,8 +76,8 @@ def judge_shards(
 ) -> Sums:
     """Judge all pairs of a table, and write judgments and preferences in shards of the same names.
 
-    An annotator that decides by scores gets each item once; where there are several shards, their comparisons follow
-    in Ray tasks, for which `cluster` is `judge`'s. Others are asked from here.
+    An annotator that decides by scores gets each item once; where there are more than `shards.FEW` comparisons, they
+    follow in Ray tasks, for which `cluster` is `judge`'s. Others are asked from here.
     """
     files, names = shards.files_of(pairs), shards.shard_names(pairs)
     bar.begin(shards.row_count(pairs))
@@ -154,8 +154,8 @@ def _scored(
         bar.to(int(share * whole), note=note)
 
     scores = Scores.of(annotator.score_items(texts_of(items), show))
-    arguments = ((shards.read_shard(file, records.PAIRS),) for file in files)
-    if len(files) == 1:
+    arguments = ((shards.file_buffer(file),) for file in files)
+    if len(files) == 1 and whole <= shards.FEW:
         found: Iterator[Judged] = (by_scores(scores, annotator.by_scores, *each) for each in arguments)
     else:
         from jpo_ray.cluster.shards import map_shards
@@ -165,5 +165,6 @@ def _scored(
     bar.to(whole)
 
 
-def by_scores(scores: Scores, how: ByScores, pairs: pa.Table) -> Judged:
+def by_scores(scores: Scores, how: ByScores, file: pa.Buffer) -> Judged:
+    pairs = shards.read_shard(file, records.PAIRS)
     return judged(pairs, judge_by_scores(pairs, scores, how))

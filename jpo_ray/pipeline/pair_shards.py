@@ -1,10 +1,11 @@
 """Which items to compare: conditional pairs, labelled ones, and joint pairs by strategy, written shard by shard.
 
 Pairs are numbers until a shard is written. A run of up to `shards.ROWS` pairs in a split has one tile and is one file.
+Above `shards.FEW` pairs, whatever holds a whole tile's is a Ray task.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,14 +33,14 @@ from jpo_ray.pairs.strategies import STRATEGIES
 from jpo_ray.pairs.tiling import Spool, Tiling, make_tiling
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context
+from jpo_ray.pipeline.pair_tables import CHOSEN, CONDITIONAL, LABELLED, PairNames, file_bytes, tile_bytes
 
 if TYPE_CHECKING:
-    from jpo_ray.cluster.pairing import JointProblem
+    from jpo_ray.cluster.joint_problem import JointProblem
     from jpo_ray.cluster.tiles import SharedVectors
 
 ITEM_COLUMNS = ["item_id", "instruction_id", "split", "sft"]
 FIELDS = {"first": "<i4", "second": "<i4", "similarity": "<f4", "kind": "u1"}  # of a pair, by item numbers
-CONDITIONAL, LABELLED, CHOSEN = 0, 1, 2  # kinds
 
 Labels = list[dict[str, Any]]
 
@@ -72,23 +73,11 @@ class Chosen:
     tiling: Tiling
     pairs: Spool
     strategy: str
+    count: int  # of pairs, about
     candidates: Spool | None = None
     end: spread.End | None = None
     rows: Ints | None = None  # item numbers of the candidates' rows and columns
     columns: Ints | None = None
-
-
-@dataclass(frozen=True)
-class PairNames:
-    """What turns a tile's numbers into rows of `records.PAIRS`."""
-
-    ids: pa.Array
-    split: str
-    strategy: str
-    rows: Ints | None
-    columns: Ints | None
-    end: spread.End | None
-    symmetric: bool
 
 
 def make_pairs(context: Context, out: Path, work: Path) -> dict[str, Any]:
@@ -127,7 +116,8 @@ def _choose(
     wish = joint_wish(joint, here.items, labels, here.split) if joint else None
     problem = _problem(context, here, wish, shared) if wish and shared else None
     labelled = labelled_pairs(here.items, labels) if shared else (np.empty(0, np.int64),) * 2
-    tiling = _tiling(here, problem, len(first) + len(labelled[0]) + (problem.budget if problem else 0), seed)
+    count = len(first) + len(labelled[0]) + (problem.budget if problem else 0)
+    tiling = _tiling(here, problem, count, seed)
     pairs = Spool(work / "pairs", FIELDS)
     pairs.add(tiling.of_beside(first), _columns(first, second, np.ones(len(first)), CONDITIONAL))
     if shared:
@@ -135,7 +125,7 @@ def _choose(
         # Where a chosen pair of the same items would be: a tile has each pair once.
         pairs.add(tiling.of_joint(*labelled), _columns(*labelled, similarity, LABELLED))
     strategy = joint.strategy if joint else ""
-    found, notes = Chosen(tiling, pairs, strategy), dict[str, Any]()
+    found, notes = Chosen(tiling, pairs, strategy, count), dict[str, Any]()
     if problem and wish:
         found, notes = _choose_joint(context, here, wish, problem, found, work)
     symmetric = problem is None or problem.symmetric
@@ -154,12 +144,12 @@ def _choose_joint(
     )
     tiling, ray = found.tiling, context.ray()
     with progress_bar(context.console, f"candidate pairs ({here.split})") as bar:
-        if tiling.count > 1 and spreads(problem):
+        if found.count > shards.FEW and spreads(problem):
             candidates, end, notes = spread_pairs(
                 ray, context.cluster("pairs"), problem, bar, work / "parts", work / "candidates",
                 lambda row, column: tiling.of_joint(rows[row], columns[column]), tiling.count,
             )  # fmt: skip
-            return Chosen(tiling, found.pairs, found.strategy, candidates, end, rows, columns), notes
+            return replace(found, candidates=candidates, end=end, rows=rows, columns=columns), notes
         choice = joint_pairs(ray, problem, bar, work / "parts")
     row, column = (choice.pairs[name].to_numpy() for name in ("row", "column"))
     similarity = choice.pairs["similarity"].to_numpy()
@@ -170,7 +160,7 @@ def _choose_joint(
 
 def _problem(context: Context, here: SplitItems, wish: JointWish, shared: "SharedVectors") -> "JointProblem":
     """Joint pairs of one split by the configured strategy; as many as D_S has items unless a budget says otherwise."""
-    from jpo_ray.cluster.pairing import JointProblem
+    from jpo_ray.cluster.joint_problem import JointProblem
 
     left, right, config, seed = wish.left, wish.right, wish.config, context.config.seed
     groups = -(-len(left) // config.group_size) if config.group_size else None
@@ -221,17 +211,21 @@ def _cosines(vectors: Any, first: Ints, second: Ints) -> Any:
 
 def _write(context: Context, path: Path, splits: Sequence[tuple[PairNames, Chosen]]) -> Any:
     """All shards of the splits; one file where each split has one tile."""
-    if all(chosen.tiling.count == 1 for _, chosen in splits):
-        tables = [_pair_table(names, *parts) for names, chosen in splits for parts in _parts(chosen)]
-        shards.write_shard(path, pa.concat_tables([records.PAIRS.empty_table(), *tables]), records.PAIRS)
-        return shards.kinds_of(path)
     from jpo_ray.cluster.shards import map_shards
 
-    ray, cluster, number = context.ray(), context.cluster("pairs"), 0
+    cluster, number = context.cluster("pairs"), 0
+    if all(chosen.tiling.count == 1 for _, chosen in splits):
+        all_names, parts = [names for names, _ in splits], [part for _, chosen in splits for part in _parts(chosen)]
+        if sum(chosen.count for _, chosen in splits) <= shards.FEW:
+            path.write_bytes(file_bytes(all_names, parts))
+        else:
+            [content] = map_shards(context.ray(), cluster, "pairs", file_bytes, [(parts,)], all_names)
+            path.write_bytes(content)
+        return shards.kinds_of(path)
     for names, chosen in splits:
         with progress_bar(context.console, f"writing pairs ({names.split})") as bar:
             bar.begin(chosen.tiling.count)
-            for content in map_shards(ray, cluster, "pairs", _pair_bytes, _parts(chosen), names):
+            for content in map_shards(context.ray(), cluster, "pairs", tile_bytes, _parts(chosen), names):
                 if content is not None:
                     shards.shard_path(path, shards.numbered_name(number)).write_bytes(content)
                     number += 1
@@ -243,54 +237,3 @@ def _parts(chosen: Chosen) -> Iterator[tuple[Any, Any]]:
     """Each tile's pairs at hand, and candidates."""
     for tile in range(chosen.tiling.count):
         yield chosen.pairs.read(tile), chosen.candidates.read(tile) if chosen.candidates else None
-
-
-def _pair_bytes(names: PairNames, pairs: Any, candidates: Any) -> bytes | None:
-    table = _pair_table(names, pairs, candidates)
-    return shards.shard_bytes(table, records.PAIRS) if len(table) else None
-
-
-def _pair_table(names: PairNames, pairs: Any, candidates: Any) -> pa.Table:
-    """Rows of `records.PAIRS` of one tile. A labelled pair that was also chosen stays a labelled one."""
-    first, second = pairs["first"].astype(np.int64), pairs["second"].astype(np.int64)
-    similarity, kind = pairs["similarity"], pairs["kind"]
-    if candidates is not None:
-        assert names.rows is not None
-        assert names.columns is not None
-        taken = spread.taken(candidates, names.end, symmetric=names.symmetric)
-        first = np.concatenate([first, names.rows[taken["row"]]])
-        second = np.concatenate([second, names.columns[taken["column"]]])
-        similarity = np.concatenate([similarity, taken["similarity"]])
-        kind = np.concatenate([kind, np.full(len(taken), CHOSEN, dtype=np.uint8)])
-    kept = _each_once(first, second)
-    ids = names.ids
-    a, b = ids.take(pa.array(first[kept])), ids.take(pa.array(second[kept]))
-    ascending = pc.less(a, b)
-    lower, higher = pc.if_else(ascending, a, b), pc.if_else(ascending, b, a)
-    kind = kind[kept]
-    protocol = np.where(kind == CONDITIONAL, "conditional", "joint")
-    pair_id = np.empty(len(kept), dtype=object)
-    for name in records.PROTOCOLS:
-        some = np.flatnonzero(protocol == name)
-        low, high = (side.take(pa.array(some)).to_pylist() for side in (lower, higher))
-        pair_id[some] = records.pair_ids(low, high, name)
-    strategy = np.select([kind == CONDITIONAL, kind == LABELLED], ["conditional", "labelled"], names.strategy)
-    columns = {
-        "pair_id": pa.array(pair_id, pa.string()),
-        "item_a": lower,
-        "item_b": higher,
-        "protocol": pa.array(protocol, pa.string()),
-        "similarity": similarity[kept],
-        "strategy": pa.array(strategy, pa.string()),
-        "split": pa.repeat(names.split, len(kept)),
-    }
-    return pa.table(columns, schema=records.PAIRS)
-
-
-def _each_once(first: Ints, second: Ints) -> Ints:
-    """Which of some pairs to keep: each once as it first comes, in the place where it last comes."""
-    code = np.minimum(first, second) << 32 | np.maximum(first, second)
-    _, as_first = np.unique(code, return_index=True)
-    _, from_end = np.unique(code[::-1], return_index=True)
-    kept: Ints = as_first[np.argsort(-from_end, kind="stable")]
-    return kept

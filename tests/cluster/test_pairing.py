@@ -16,7 +16,8 @@ from pairs.world import clustered_vectors, side, unit_vectors
 
 from cluster.running import NoBar
 from jpo_ray.cluster import pairing, tiles
-from jpo_ray.cluster.pairing import JointChoice, JointProblem, joint_pairs, near_duplicates
+from jpo_ray.cluster.joint_problem import JointProblem
+from jpo_ray.cluster.pairing import JointChoice, joint_pairs, near_duplicates
 from jpo_ray.cluster.session import LARGE_AHEAD
 from jpo_ray.cluster.tiles import SharedVectors, share
 from jpo_ray.config import JointPairs
@@ -386,13 +387,59 @@ def test_too_little_recall_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_random_pairs_of_many_items_come_from_a_sample_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a band, or with limits, as many are met as the band leaves of them."""
     monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 100)
     rows, vectors = side(1500), unit_vectors(1500)
-    found = choose(rows, vectors, approximate_above=1000)
+    found = choose(rows, vectors, approximate_above=1000, max_per_item=20)
     assert found.notes["columns met at random"] == 100
     assert len(found.pairs) == 1500
     mean = float(np.mean(found.pairs["similarity"].to_numpy()))
     assert abs(mean - float(cosines(vectors)[np.triu_indices(1500, 1)].mean())) < 0.03
+
+
+def test_random_pairs_need_no_look_at_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,500 items in 75 groups of 20, each of which meets 6 others: 180 thousand pairs are looked at, of 2.2 million.
+
+    An item proposes 4 partners, and is the partner of 4 others on average, with a binomial's variance of 4 (the
+    standard error of a variance of 1,500 is 0.17).
+    """
+    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 100)
+    monkeypatch.setattr(pairing, "CLUSTER_SIZE", 20)
+    rows, vectors = side(1500), unit_vectors(1500)
+    looked_at = []
+    monkeypatch.setattr(tiles, "_tasks_on_ray", lambda *how: looked_at.append(how[3]) or tasks_here(*how))
+    found = choose(rows, vectors, budget=6000)
+    assert found.notes == {"columns met at random": 120}
+    [plan] = looked_at
+    assert sum(len(some) * len(met) for task in range(plan.tasks) for some, met in plan.blocks(task)) == 1500 * 120
+    pairs = list(zip(found.pairs["row"].to_pylist(), found.pairs["column"].to_pylist(), strict=True))
+    assert len({frozenset(pair) for pair in pairs}) == 6000
+    as_row, as_column = (np.bincount(ends, minlength=1500) for ends in zip(*pairs, strict=True))
+    assert set(as_row.tolist()) <= {3, 4, 5}
+    assert 3.4 < float(as_column.var()) < 4.6
+    monkeypatch.setattr(plans, "TASK_ROWS", 300)
+    again = choose(rows, vectors, budget=6000)
+    assert again.pairs.equals(found.pairs)
+
+
+def test_two_sides_meet_in_samples_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one of 300 columns is met by 1,000 rows as often as any other: a third of the pairs."""
+    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 80)
+    monkeypatch.setattr(pairing, "CLUSTER_SIZE", 20)
+    rows, columns = side(1000), side(300, name="other")
+    found = choose(rows, unit_vectors(1000), columns, budget=3000, strategy="proxy")
+    assert found.notes == {"columns met at random": 100}
+    as_column = np.bincount(found.pairs["column"].to_numpy(), minlength=300)
+    assert as_column.sum() == 3000
+    assert 7 < float(as_column.var()) < 13  # of a binomial 10
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_per_item": 20}, {"min_per_item": 1}, {"connected": True}, {"min_similarity": -0.5}]
+)
+def test_limits_are_kept_by_a_look_at_all_pairs(limit: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 100)
+    assert choose(side(600), unit_vectors(600), **limit).notes == {}
 
 
 def test_near_duplicates_are_found_in_both_modes() -> None:

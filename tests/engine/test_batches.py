@@ -63,6 +63,18 @@ def test_a_clique_costs_its_items() -> None:
     assert [len(np.unique([first[batch], second[batch]])) for batch in batches] == [16] * 5
 
 
+def test_the_item_with_most_edges_into_the_batch_joins() -> None:
+    """Item 3 has two edges to the triangle 0, 1, 2, and item 4 one: five comparisons are those of 0 to 3."""
+    first, second = np.array([0, 1, 2, 3, 3, 4]), np.array([1, 2, 0, 0, 1, 2])
+    for seed in range(20):
+        batches = graph(first, second, Limits(5), seed, 0)
+        of_five = next(batch for batch in batches if len(batch) == 5)
+        if 5 not in of_five:
+            assert sorted(of_five.tolist()) == [0, 1, 2, 3, 4]
+        else:  # it began with item 4's only edge
+            assert of_five[0] == 5
+
+
 @pytest.mark.parametrize("mode", [graph, pairs])
 @pytest.mark.parametrize("max_tokens", [60, 100, 400])
 def test_batches_stay_within_a_number_of_tokens(mode: Any, max_tokens: int) -> None:

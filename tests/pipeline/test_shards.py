@@ -64,6 +64,24 @@ def test_shards_hold_what_one_file_holds(
     assert sorted(joint_similarities(facts[0], standing[0])) == sorted(joint_similarities(facts[1], standing[1]))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("joint", [{}, {"max_per_item": 20}])
+def test_one_file_of_many_pairs_is_made_in_tasks(
+    joint: dict[str, Any], tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver holds no more than a few; the files are those of a small run, to the byte but for rows' order."""
+    stages = ["items", "pairs", "judge"]
+    run(config(**joint), tmp_path / "few", stages)
+    monkeypatch.setattr(shards, "FEW", 100)
+    run(config(**joint), tmp_path / "many", stages)
+    assert cluster.calls[-2:] == ["tiles", "shards"]
+    for name in TABLES:
+        assert (tmp_path / "many" / name).is_file()
+        assert table(tmp_path / "many", name).equals(table(tmp_path / "few", name))
+    for stage in ("pairs", "judge"):
+        few, many = (read_json(tmp_path / name / stage / "manifest.json")["counts"] for name in ("few", "many"))
+        assert few == many
+
+
 def test_a_shard_has_items_of_two_blocks_and_its_share_of_conditional_pairs(
     tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
