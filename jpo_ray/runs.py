@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,8 @@ def open_run(where: Path | str, others: Sequence[Path | str] = (), wait_s: float
     """
     if isinstance(where, str) and is_uri(where):
         store = open_store(where)
-        _check_marker(where, store.read(MARKER), (name for name in store.top() if name != CLAIMS))
+        written = store.read(MARKER)
+        _check_marker(where, written, [] if written else (name for name in store.top() if name != CLAIMS))
         with hold_lease(StoreLease(store), wait_s):
             store.write(MARKER, json.dumps({"format": FORMAT}).encode())
             yield RunDir(where, others)
@@ -242,10 +243,10 @@ def open_run(where: Path | str, others: Sequence[Path | str] = (), wait_s: float
         yield RunDir(root, others)
 
 
-def _check_marker(where: Path | str, marker: bytes | None, others: Iterator[str]) -> None:
+def _check_marker(where: Path | str, marker: bytes | None, others: Iterable[str]) -> None:
     """Raise `InputError` for a folder that holds another version's run, or (`others`) no run but something else."""
     if marker is None:
-        if next(others, None) is not None:
+        if any(others):
             raise InputError(f"--run-dir {where}: holds files that are not a run's; name an empty or new folder")
         return
     try:

@@ -20,9 +20,22 @@ TRANSFERS = 8  # files at a time
 CHUNK_BYTES = 8 * 2**20
 CONNECT_S, REQUEST_S = 5.0, 10.0  # S3: silence that ends a request, of which three are tried
 ATTEMPTS = 3
+GCS_RETRY_S = 30  # GCS: how long what failed is tried again, else 15 minutes; silence of 120 s ends a request
+GOOGLE, GCS_HOST = ("gs", "gcs"), "storage.googleapis.com"
 S3_OPTIONS = ("endpoint_override", "scheme", "region", "anonymous", "force_virtual_addressing", "tls_ca_file_path")
 SECRET = re.compile(r"secret|password|token|key", re.IGNORECASE)
-DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|HTTP 40[13]")
+# What stores say, as pyarrow hands it on.
+NO_BUCKET = re.compile(
+    r"NO_SUCH_BUCKET|Bucket.*not found|NOT_FOUND.*function=(ListObjects|CreateResumable|InsertObject)", re.DOTALL
+)
+NO_TOKEN = re.compile(r"OAuth2 access token|AuthenticationException")
+DENIED = re.compile(
+    r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|HTTP 40[13]|"
+    r"PERMISSION_DENIED|UNAUTHENTICATED"
+)
+CUT_SHORT = "Failed to flush response stream"  # S3's client, of an object that is deleted while it is read
+CURL = re.compile(r"CURL error \[\d+\]=(.*?)(?: error_info=|$)", re.DOTALL)
+OF_GCS = re.compile(r"with a last message of (.*?) error_info=", re.DOTALL)
 
 
 class StoreError(OSError):
@@ -50,11 +63,12 @@ class Store:
         self.uri = uri
         parts = _checked(uri)
         self._shown = parts._replace(query="").geturl().rstrip("/")
-        self._at = dict(parse_qsl(parts.query)).get("endpoint_override", parts.netloc)
+        host = GCS_HOST if parts.scheme in GOOGLE else parts.netloc
+        self._at = dict(parse_qsl(parts.query)).get("endpoint_override", host)
         try:
             with self._explained(""):
                 self._fs, self._base = _connect(uri)
-                self._require_bucket()
+            self._require_bucket()
         except StoreError as error:
             raise InputError(str(error)) from error
 
@@ -64,7 +78,7 @@ class Store:
     def _require_bucket(self) -> None:
         from pyarrow.fs import FileSelector
 
-        with suppress(FileNotFoundError):  # nothing there yet
+        with suppress(FileNotFoundError), self._explained(""):  # nothing there yet
             self._fs.get_file_info(FileSelector(self._base))
 
     def shown(self, name: str = "") -> str:
@@ -72,8 +86,8 @@ class Store:
         return f"{self._shown}/{name}" if name else self._shown
 
     def top(self) -> list[str]:
-        """Names of what is directly in the folder."""
-        return [info.base_name for info in self._infos("", recursive=False)]
+        """Names of what is directly in the folder. All that is below it is listed: GCS names no folders else."""
+        return sorted({name.split("/")[0] for name in self.names("")})
 
     def names(self, below: str) -> list[str]:
         """Names of all objects below a folder, relative to it."""
@@ -92,6 +106,10 @@ class Store:
                 return content
         except FileNotFoundError:
             return None
+        except StoreError as error:
+            if CUT_SHORT in str(error) and not self._exists(name):
+                return None
+            raise
 
     def write(self, name: str, content: bytes) -> None:
         """Write an object. Ctrl-C in the meantime does not cut it short."""
@@ -142,6 +160,12 @@ class Store:
             with suppress(FileNotFoundError):
                 (self._fs.delete_dir if is_folder else self._fs.delete_file)(self._path(name))
 
+    def _exists(self, name: str) -> bool:
+        from pyarrow.fs import FileType
+
+        with self._explained(name):
+            return bool(self._fs.get_file_info(self._path(name)).type != FileType.NotFound)
+
     def _infos(self, below: str, *, recursive: bool) -> list[Any]:
         from pyarrow.fs import FileSelector
 
@@ -154,24 +178,35 @@ class Store:
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
+        from pyarrow import ArrowException
+
         try:
             yield
-        except (FileNotFoundError, StoreError):
+        except StoreError:
             raise
-        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-            if isinstance(error, OSError) and error.errno is not None:
+        except (OSError, ValueError, ArrowException) as error:
+            said = str(error)
+            if isinstance(error, OSError) and error.errno is not None and "Detail: [errno" not in said:
                 raise  # of the local disk
-            raise StoreError(f"{self.shown(name)}: {self._reason(str(error))}") from error
+            missing = isinstance(error, FileNotFoundError) or said.startswith(("No such file", "No such directory"))
+            if missing and not NO_BUCKET.search(said):
+                raise FileNotFoundError(said) from error
+            raise StoreError(f"{self.shown(name)}: {self._reason(said)}") from error
 
     def _reason(self, said: str) -> str:
         """The store's error in words; what it says itself is long."""
-        if "NO_SUCH_BUCKET" in said or ("Bucket" in said and "not found" in said):
+        if NO_BUCKET.search(said):
             return "there is no such bucket; make it first"
+        if NO_TOKEN.search(said):
+            return "got no access token; check the credentials (environment, profile or role) and the network"
         if DENIED.search(said):
             return "permission denied; check the credentials (environment, profile or role) and the bucket's policy"
         if "NETWORK_CONNECTION" in said:
             return f"no answer from {self._at} ({said.rsplit('; Details: ', 1)[-1].rsplit(': ', 1)[-1][:120]})"
-        return said.splitlines()[0][:300]
+        if found := CURL.search(said):
+            return f"no answer from {self._at} ({found[1]})"
+        found = OF_GCS.search(said)
+        return (found[1] if found else said).strip().splitlines()[0][:300]
 
 
 def _checked(uri: str) -> Any:
@@ -179,7 +214,7 @@ def _checked(uri: str) -> Any:
     parts = urlsplit(uri)
     secret = [key for key, _ in parse_qsl(parts.query) if SECRET.search(key)]
     # Elsewhere what stands before the @ is no credential: a container (abfs), a user that HDFS takes at its word.
-    key_id = parts.scheme in ("s3", "gs", "gcs") and parts.username not in (None, "", "anonymous")
+    key_id = parts.scheme in ("s3", *GOOGLE) and parts.username not in (None, "", "anonymous")
     if parts.password or key_id or secret:
         raise InputError(
             f"{parts.scheme}://...: credentials do not belong in a URI, which is shown and written down; give them by "
@@ -198,6 +233,8 @@ def _connect(uri: str) -> tuple[Any, str]:
 
     parts = urlsplit(uri)
     if parts.scheme != "s3":  # pyarrow reads the options of others by itself
+        if parts.scheme in GOOGLE and "retry_limit_seconds" not in parts.query:
+            uri = parts._replace(query=f"{parts.query}&retry_limit_seconds={GCS_RETRY_S}".lstrip("&")).geturl()
         found, path = FileSystem.from_uri(uri)
         return found, path.rstrip("/")
     user, _, bucket = parts.netloc.rpartition("@")

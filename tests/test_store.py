@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3 import S3
@@ -64,6 +65,28 @@ def test_files_of_many_chunks_make_the_round_trip(
     assert {name: (tmp_path / "there" / name).read_bytes() for name in content} == content
     with pytest.raises(FileNotFoundError):
         folder.download("up", tmp_path / "there", ["missing"])
+
+
+class Deleting:
+    """The file system of a store, where somebody deletes what is opened before it is read."""
+
+    def __init__(self, files: Any) -> None:
+        self._files = files
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+    def open_input_stream(self, path: str) -> Any:
+        stream = self._files.open_input_stream(path)
+        self._files.delete_file(path)
+        return stream
+
+
+def test_what_is_deleted_while_it_is_read_is_not_there(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a claim of a run that ends just now."""
+    folder.write("a.json", b"1")
+    monkeypatch.setattr(folder, "_fs", Deleting(folder._fs))
+    assert folder.read("a.json") is None
 
 
 @pytest.mark.parametrize(
