@@ -6,6 +6,7 @@ model: the "output" holds the log-probs that our losses get, laid out over as ma
 
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jpo_ray.objectives import LOSSES, Edges, Items
+from jpo_ray.objectives import LOSSES, Edges, Items, mixture
 from objectives.batch import hard, random_edges, random_items
 
 trl = pytest.importorskip("trl", reason="trl is not installed (pip install -e '.[dev]')")
@@ -67,25 +68,30 @@ def output_of(per_token: Tensor, **_: Any) -> Any:
 
 def trl_dpo_losses(items: Items, edges: Edges, loss_type: str) -> list[float]:
     """DPOTrainer's loss of each edge alone."""
-    found = []
-    for w, l in zip(edges.chosen_E.tolist(), edges.rejected_E.tolist(), strict=True):  # noqa: E741
-        ends = torch.tensor([w, l])
-        per_token, mask = laid_out(items.policy.response_N[ends], items.response_tokens_N[ends])
-        assert items.reference is not None
-        reference = items.reference.response_N[ends]
-        trainer = SimpleNamespace(
-            model=SimpleNamespace(training=True), accelerator=accelerator(), aux_loss_enabled=False, ld_alpha=None,
-            precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0],
-            beta=BETA, label_smoothing=SMOOTHING, use_weighting=False, _metrics={"train": defaultdict(list)},
-            _total_train_tokens=0, _tp_size=1,
-        )  # fmt: skip
-        inputs = {
-            "completion_mask": mask, "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask),
-            "ref_chosen_logps": reference[:1], "ref_rejected_logps": reference[1:],
-        }  # fmt: skip
-        loss = trl.DPOTrainer._compute_loss(trainer, partial(output_of, per_token), inputs, return_outputs=False)
-        found.append(float(loss))
-    return found
+    ends = zip(edges.chosen_E.tolist(), edges.rejected_E.tolist(), strict=True)
+    return [trl_dpo_loss(items, torch.tensor(pair), {loss_type: 1.0}) for pair in ends]
+
+
+def trl_dpo_loss(items: Items, rows: Tensor, weight_of: dict[str, float], *, whole: bool = False) -> float:
+    """DPOTrainer's loss of a batch: `rows` are the chosen items, then the rejected ones. The completion is the
+    response, or where `whole` instruction and response, behind a prompt that says nothing.
+    """
+    assert items.reference is not None
+    tokens = items.response_tokens_N + (items.instruction_tokens_N if whole else 0)
+    policy, reference = (side.whole_N if whole else side.response_N for side in (items.policy, items.reference))
+    per_token, mask = laid_out(policy[rows], tokens[rows])
+    ref_chosen, ref_rejected = reference[rows].chunk(2)
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=accelerator(), aux_loss_enabled=False, ld_alpha=None,
+        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[*weight_of],
+        loss_weights=[*weight_of.values()], beta=BETA, label_smoothing=SMOOTHING, use_weighting=False,
+        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    inputs = {
+        "completion_mask": mask, "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask),
+        "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected,
+    }  # fmt: skip
+    return float(trl.DPOTrainer._compute_loss(trainer, partial(output_of, per_token), inputs, return_outputs=False))
 
 
 @pytest.mark.parametrize(("name", "parameters", "loss_type"), PAIRS, ids=[pair[0] for pair in PAIRS])
@@ -95,6 +101,60 @@ def test_losses_of_dpo_trainer(name: str, parameters: dict[str, float] | None, l
     ours = LOSSES[name](items, edges, **keywords).loss_E.tolist()
     assert ours == pytest.approx(trl_dpo_losses(items, edges, loss_type), rel=1e-9)
     assert len(set(ours)) > 1 or name == "slic"
+
+
+JOINT = [pair for pair in PAIRS if pair[0] not in ("dpo", "sft")]  # of responses alone
+
+
+@pytest.mark.parametrize(("name", "parameters", "loss_type"), JOINT, ids=[pair[0] for pair in JOINT])
+def test_joint_losses_of_dpo_trainer(name: str, parameters: dict[str, float], loss_type: str) -> None:
+    """Two instructions, whose whole sequences TRL is given as completions."""
+    items = random_items(12, per_list=1)
+    edges = hard(random_edges(items))
+    assert bool(edges.joint_E.all())
+    ours = LOSSES[name](items, edges, beta=BETA, **parameters).loss_E.tolist()
+    ends = zip(edges.chosen_E.tolist(), edges.rejected_E.tolist(), strict=True)
+    theirs = [trl_dpo_loss(items, torch.tensor(pair), {loss_type: 1.0}, whole=True) for pair in ends]
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "weight_of",
+    [
+        {"dpo": 0.8, "slic": 0.2},
+        {"dpo": 0.5, "robust": 1.0, "apo_zero": 2.0},
+        {"ipo": 0.7, "sppo": 0.01},
+    ],
+    ids=" + ".join,
+)
+def test_sums_of_dpo_trainer(weight_of: dict[str, float]) -> None:
+    """Its list of `loss_type` with `loss_weights`, over a whole batch."""
+    items, edges = conditional_batch()
+    theirs = {loss_type: weight_of[name] for name, _, loss_type in PAIRS if name in weight_of}
+    rows = torch.cat([edges.chosen_E, edges.rejected_E])
+    assert mean_of_sum(items, edges, weight_of) == pytest.approx(trl_dpo_loss(items, rows, theirs), rel=1e-14)
+
+
+def test_of_a_batch_trls_sft_averages_tokens_and_ours_responses() -> None:
+    """The one term of a sum that differs, by just that: of responses of equal length they are the same."""
+    items, edges = conditional_batch()
+    rows = torch.cat([edges.chosen_E, edges.rejected_E])
+    log_prob_E, tokens_E = items.policy.response_N[edges.chosen_E], items.response_tokens_N[edges.chosen_E]
+    ours = mean_of_sum(items, edges, {"dpo": 1.0, "sft": 0.5})
+    theirs = trl_dpo_loss(items, rows, {"sigmoid": 1.0, "sft": 0.5})
+    per_response, per_token = -(log_prob_E / tokens_E).mean(), -log_prob_E.sum() / tokens_E.sum()
+    assert abs(per_response - per_token) > 0.01
+    assert ours - theirs == pytest.approx(0.5 * float(per_response - per_token), rel=1e-12)
+    equal = replace(items, response_tokens_N=torch.full_like(items.response_tokens_N, 7))
+    ours = mean_of_sum(equal, edges, {"dpo": 1.0, "sft": 0.5})
+    assert ours == pytest.approx(trl_dpo_loss(equal, rows, {"sigmoid": 1.0, "sft": 0.5}), rel=1e-14)
+
+
+def mean_of_sum(items: Items, edges: Edges, weight_of: dict[str, float]) -> float:
+    """Of the batch, each objective with the parameters of the table."""
+    parameters = {name: {} if given is None else {"beta": BETA, **given} for name, given, _ in PAIRS}
+    parts = [LOSSES[name](items, edges, **parameters[name]) for name in weight_of]
+    return float(mixture(parts, [*weight_of.values()]).loss_E.mean())
 
 
 def test_cdpo_is_cpo_trainers_smoothed_loss_of_log_ratios() -> None:
