@@ -13,7 +13,7 @@ from jpo_ray.objectives.losses import Edges, Items, Outcome, both_labels, mean_s
 
 
 def lipo(items: Items, edges: Edges, *, beta: float) -> Outcome:
-    """LiPO-lambda (arXiv 2402.01878, Equation 8): pairs of a list, weighted by what exchange does to DCG.
+    """LiPO-lambda (the lambda loss of LiPO, arXiv 2402.01878): pairs of a list, weighted by what exchange does to DCG.
 
     `sum over psi_i > psi_j of |G_i - G_j| |1 / D(tau_i) - 1 / D(tau_j)| log(1 + exp(-(s_i - s_j)))` with
     `s = beta log-ratio`, gains `G = 2^psi - 1` of the labels psi (shares of wins), discounts `D(tau) = log(1 + tau)` of
@@ -29,11 +29,11 @@ def lipo(items: Items, edges: Edges, *, beta: float) -> Outcome:
 
 
 def pro(items: Items, edges: Edges, *, beta: float) -> Outcome:
-    """Preference Ranking Optimization (arXiv 2306.17492, equation unchecked): each response against all worse ones.
+    """Preference Ranking Optimization (PRO, arXiv 2306.17492): each response against all worse ones.
 
     `-sum over k of log(exp(r_k) / (exp(r_k) + sum over psi_i < psi_k of exp(r_i)))` with `r = beta log p(R | I) / |R|`
-    (the paper has no beta: 1). Its SFT term is the objective `sft` beside it; its temperatures, which need the scores
-    of a reward model, are left out.
+    (the paper has no beta: 1), checked against its authors' code (GitHub: AlibabaResearch/DAMO-ConvAI, `PRO/`). Its SFT
+    term is the objective `sft` beside it; its temperatures, which need the scores of a reward model, are left out.
     """
     reward_N = beta * items.policy.response_N / items.response_tokens_N
     _, pair_NN = _labels(items, edges)
@@ -44,12 +44,13 @@ def pro(items: Items, edges: Edges, *, beta: float) -> Outcome:
 
 
 def rpo(items: Items, edges: Edges, *, beta: float, rpo_temperature: float) -> Outcome:
-    """Relative Preference Optimization (arXiv 2402.10958, equation unchecked): chosen against all rejected ones.
+    """Relative Preference Optimization (RPO, arXiv 2402.10958): chosen against all rejected ones.
 
     `-mean over j of log sigmoid(w_ij beta (ratio_i - ratio_j))` for the chosen response i, all rejected ones j of a
-    batch; w_i is the softmax over j of `-(1 - cosine) / temperature` of the two instructions. Log-ratios are of
-    responses given their instruction: the paper compares them across instructions as they are, and says that a
-    partition function is thereby neglected. ValueError without embeddings.
+    batch; w_i is the softmax over j of `-(1 - cosine) / temperature` of the two instructions. Checked against its
+    authors' code (GitHub: yinyueqin/relative-preference-optimization). Log-ratios are of responses given their
+    instruction: the paper compares them across instructions as they are, and says that a partition function is thereby
+    neglected. ValueError without embeddings.
     """
     if items.embedding_ND is None:
         raise ValueError("rpo needs embeddings of the instructions")

@@ -35,7 +35,7 @@ def cdpo(items: Items, edges: Edges, *, beta: float, label_smoothing: float) -> 
 
 
 def robust(items: Items, edges: Edges, *, beta: float, label_smoothing: float) -> Outcome:
-    """Robust DPO (arXiv 2403.00409, equation unchecked): in expectation over flips, DPO's loss of the true labels.
+    """Robust DPO (arXiv 2403.00409; checked against TRL): in expectation over flips, DPO's loss of the true labels.
 
     `(-(1 - eps) log sigmoid(m) + eps log sigmoid(-m)) / (1 - 2 eps)`, with flips of probability eps < 1/2.
     """
@@ -61,15 +61,15 @@ def ipo(items: Items, edges: Edges, *, beta: float) -> Outcome:
 
 
 def slic(items: Items, edges: Edges, *, beta: float) -> Outcome:
-    """SLiC's hinge (SLiC-HF, arXiv 2305.10425, Equation 4) on log-ratios, as in RSO (arXiv 2309.06657).
+    """SLiC's hinge (the calibration loss of SLiC-HF, arXiv 2305.10425) on log-ratios, as in RSO (arXiv 2309.06657).
 
-    `max(0, 1 - m)`. The equation's second part, the regularisation, is the objective `sft` beside it.
+    `max(0, 1 - m)`. The paper's second part, the regularisation, is the objective `sft` beside it.
     """
     return of_margins(items, edges, beta, lambda margin_E: torch.relu(1 - margin_E))
 
 
 def dpop(items: Items, edges: Edges, *, beta: float, dpop_lambda: float) -> Outcome:
-    """DPO-Positive (Smaug, arXiv 2402.13228, Equation 3): a fall of the chosen item's likelihood counts against it.
+    """DPO-Positive (DPOP, of Smaug, arXiv 2402.13228): a fall of the chosen item's likelihood counts against it.
 
     `-log sigmoid(m - beta * lambda * max(0, log p_ref(w) - log p_policy(w)))`.
     """
@@ -83,10 +83,11 @@ def dpop(items: Items, edges: Edges, *, beta: float, dpop_lambda: float) -> Outc
 
 
 def odpo(items: Items, edges: Edges, *, beta: float, odpo_alpha: float) -> Outcome:
-    """DPO with an offset (arXiv 2402.10571, equation unchecked): the margin is to exceed what the gap asks for.
+    """DPO with an offset (ODPO, arXiv 2402.10571): the margin is to exceed what the gap asks for.
 
-    `-log sigmoid(m - alpha * log(score_w - score_l))`. The gap of the scores says how sure a label is, so the
-    label's probability does not count once more; where there is next to none, next to nothing is asked for.
+    `-log sigmoid(m - alpha * log(score_w - score_l))`, checked against its authors' code (GitHub:
+    rycolab/odpo). The gap of the scores says how sure a label is, so the label's probability does not count once more;
+    where there is next to none, next to nothing is asked for.
     """
     chosen, rejected = sides(items.ratios, edges)
     margin_E = beta * (chosen.whole_N - rejected.whole_N)
@@ -95,7 +96,7 @@ def odpo(items: Items, edges: Edges, *, beta: float, odpo_alpha: float) -> Outco
 
 
 def rdpo(items: Items, edges: Edges, *, beta: float, rdpo_alpha: float) -> Outcome:
-    """Length-regularised DPO (R-DPO, arXiv 2403.19159, Equation 9): rewards less alpha per token.
+    """Length-regularised DPO (R-DPO, arXiv 2403.19159): rewards less alpha per token.
 
     `-log sigmoid(m + alpha * (|R_w| - |R_l|))`, lengths in tokens of the responses: where the longer one was chosen,
     length explains part of the label, and less is left to learn.

@@ -9,7 +9,7 @@ from jpo_ray.objectives.losses import Edges, Items, ItemScores, Outcome, both_la
 def kto(
     items: Items, edges: Edges, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Outcome:
-    """Kahneman-Tversky Optimization (arXiv 2402.01306, Equation 8): chosen items desirable, rejected undesirable.
+    """Kahneman-Tversky Optimization (arXiv 2402.01306, Equation 7): chosen items desirable, rejected undesirable.
 
     The reference point z_0 is the mean log-ratio of mismatched items (an instruction with another one's response),
     clamped at zero and without gradient. An edge stands for its two labelled examples, so its loss is the mean of
