@@ -31,11 +31,12 @@ class AnnotatorConfig(Section):
     temperature: NonNegative | None = None  # default: the provider's; 0 for vllm
     max_answer_tokens: Count = 16
     soft: bool = False  # labels with probabilities, from log-probs, where the endpoint gives them
+    tensor_parallel_size: Count = 1  # vllm: GPUs of one node (without GPUs: cores) that each engine is split over
     concurrency: Count = 64  # requests in flight, in all
     actors: Count | None = None  # openai: Ray actors that send the requests, under one limit; default: this process
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
-    timeout_s: Positive = 60.0  # of one request
+    timeout_s: Positive = 60.0  # openai: of one request; an engine's answers have cluster.actor_timeout_s
     max_attempts: Count = 6  # at one request, with growing pauses
     max_unanswered: Share = 0.01  # of the requests: with more, judging ends with an error, and can be gone on with
     prompt_price: NonNegative = 0.0  # US dollars for a million tokens
@@ -76,7 +77,7 @@ class AnnotatorConfig(Section):
 # Of an annotator: how requests are sent, and what they may cost.
 _HOW_TO_ASK = {
     "concurrency", "actors", "requests_per_minute", "tokens_per_minute", "timeout_s", "max_attempts", "max_unanswered",
-    "prompt_price", "completion_price", "max_cost", "max_tokens",
+    "prompt_price", "completion_price", "max_cost", "max_tokens", "tensor_parallel_size",
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.cluster.resources import as_options, await_resources, on_this_node, worker_resources
-from jpo_ray.cluster.sampling import VLLM_CPU_ENV, require_vllm
+from jpo_ray.cluster.resources import as_options, await_resources, on_this_node, task_resources
+from jpo_ray.cluster.sampling import engine_bundle, engine_env, require_vllm, split_over
 from jpo_ray.cluster.session import Cluster
 from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.errors import InputError
@@ -22,8 +22,9 @@ from jpo_ray.feedback.language_model import API_KEY, Bill, checked_key, language
 from jpo_ray.feedback.meter import Meter, MeterLimits, Prices
 from jpo_ray.feedback.prompts import Messages, load_prompts
 
-START_S = 900.0  # for an engine or client to start: what takes longer hangs
-ENGINE_S = 900.0  # for an engine to answer; an endpoint's requests have `judge.timeout_s`
+TIMEOUT = "cluster.actor_timeout_s"  # what the waits below are called in the config
+BEAT_S = 2.0  # between an actor's sign of life and the next question for one
+CLOSE_S = 30.0  # for engines to end by themselves
 # An actor that dies is started again, and what it was asked is asked again.
 SURVIVES = {"max_restarts": 3, "max_task_retries": 3}
 
@@ -53,7 +54,7 @@ def vllm_annotator(config: AnnotatorConfig, cache: Path, cluster: Cluster) -> An
         soft=config.soft,
     )
     log = AnswerLog(cache, asdict(local) | {"engine": "vllm", "path": model_hash(folder, cache)})
-    model = _engines(cluster, local)
+    model = _engines(cluster, local, config.tensor_parallel_size)
 
     def ask(asked: Sequence[Messages], log: AnswerLog, advance: Callable[[int], None]) -> Asked:
         return ask_missing(model, asked, log, config.concurrency, advance)
@@ -61,24 +62,22 @@ def vllm_annotator(config: AnnotatorConfig, cache: Path, cluster: Cluster) -> An
     return language_model(config.called, ask, load_prompts(config.prompts), log, Prices(), config.max_unanswered)
 
 
-def _engines(cluster: Cluster, model: LocalModel) -> Model:
-    """`model` on engines, as many as `cluster` has actors; they start with the first prompt."""
+def _engines(cluster: Cluster, model: LocalModel, parts: int) -> Model:
+    """`model` on engines of so many parts, as many as `cluster` has actors; they start with the first prompt."""
 
     def start(ray: Any) -> list[Any]:
-        config, gpu = cluster.config, cluster.config.gpus_per_worker > 0
-        wanted = worker_resources(ray, config, config.num_actors)
+        config = cluster.config
+        wanted = engine_bundle(config, parts)
         await_resources(ray, config, cluster.stage, [wanted] * config.num_actors)
-        # Ray would hold an engine to one thread.
-        env = {} if gpu else VLLM_CPU_ENV | {"OMP_NUM_THREADS": str(int(wanted["CPU"]))}
         actor = ray.remote(VLLMJudge).options(
             **as_options(wanted),
-            runtime_env={"env_vars": env},
+            runtime_env={"env_vars": engine_env(ray, config, parts)},
             max_concurrency=1024,
             **SURVIVES,
         )
-        return [actor.remote(model, gpu) for _ in range(config.num_actors)]
+        return [actor.remote(model, parts, config.gpus_per_worker > 0) for _ in range(config.num_actors)]
 
-    return _on_actors(cluster, start, ENGINE_S)
+    return _on_actors(cluster, start, cluster.config.actor_timeout_s)
 
 
 def spread_endpoint(cluster: Cluster, actors: int, service: Service, limits: MeterLimits) -> tuple[Model, Bill]:
@@ -86,13 +85,14 @@ def spread_endpoint(cluster: Cluster, actors: int, service: Service, limits: Met
     meter = RemoteMeter(cluster, limits)
 
     def start(ray: Any) -> list[Any]:
-        wanted = {"CPU": 1.0} | cluster.config.custom_resources
+        wanted = task_resources(cluster.config)
         await_resources(ray, cluster.config, cluster.stage, [wanted] * actors)
         actor = ray.remote(EndpointJudge).options(
             **as_options(wanted), max_concurrency=service.concurrency + 1, **SURVIVES
         )
-        return [actor.remote(service, meter.actor()) for _ in range(actors)]
+        return [actor.remote(service, meter.actor(), cluster.config.actor_timeout_s) for _ in range(actors)]
 
+    # A rate limit may hold an answer back for hours; each request has `judge.timeout_s`.
     return _on_actors(cluster, start, None), meter.bill
 
 
@@ -108,35 +108,45 @@ class RemoteMeter:
             ray = self._cluster.ray()
             here = on_this_node(ray)
             self._actor = ray.remote(Meter).options(num_cpus=0, scheduling_strategy=here).remote(self._limits)
+            self._cluster.stack.callback(ray.kill, self._actor)
         return self._actor
 
     def bill(self, tokens: int, cost: float) -> tuple[int, float]:
-        found: tuple[int, float] = self._cluster.ray().get(self.actor().bill.remote(tokens, cost), timeout=START_S)
+        timeout_s = self._cluster.config.actor_timeout_s
+        try:
+            found: tuple[int, float] = self._cluster.ray().get(
+                self.actor().bill.remote(tokens, cost), timeout=timeout_s
+            )
+        except TimeoutError:
+            raise _too_long(self._cluster.stage, timeout_s, "the meter of requests") from None
         return found
 
 
 class _MeterHandle:
-    """What an actor holds of a `RemoteMeter`."""
+    """What an actor holds of a `RemoteMeter`, which must answer in `timeout_s`."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, actor: Any, timeout_s: float) -> None:
+        self._actor, self._timeout_s = actor, timeout_s
 
     async def reserve(self, tokens: int, cost: float) -> float | str:
-        found: float | str = await self._actor.reserve.remote(tokens, cost)
+        found: float | str = await self._answer(self._actor.reserve.remote(tokens, cost))
         return found
 
     async def settle(self, tokens: int, cost: float) -> None:
-        await self._actor.settle.remote(tokens, cost)
+        await self._answer(self._actor.settle.remote(tokens, cost))
 
     async def hold(self, seconds: float) -> None:
-        await self._actor.hold.remote(seconds)
+        await self._answer(self._actor.hold.remote(seconds))
+
+    async def _answer(self, reference: Any) -> Any:
+        return await _awaited("judge", self._timeout_s, reference, "the meter of requests")
 
 
 class EndpointJudge:
     """Actor that sends requests to an endpoint; it reads the key where it runs, so that no message carries it."""
 
-    def __init__(self, service: Service, meter: Any) -> None:
-        self._service, self._meter = service, _MeterHandle(meter)
+    def __init__(self, service: Service, meter: Any, timeout_s: float) -> None:
+        self._service, self._meter = service, _MeterHandle(meter, timeout_s)
         self._stack, self._starting = AsyncExitStack(), asyncio.Lock()
         self._ask: AskOne | None = None
 
@@ -164,8 +174,8 @@ class EndpointJudge:
 class VLLMJudge:
     """Actor with one vLLM engine, which batches what is asked at the same time."""
 
-    def __init__(self, model: LocalModel, gpu: bool) -> None:
-        self._model, self._gpu = model, gpu
+    def __init__(self, model: LocalModel, parts: int, gpu: bool) -> None:
+        self._model, self._parts, self._gpu = model, parts, gpu
         self._engine: Any = None
         self._tokenizer: Any = None
         self._starting = asyncio.Lock()
@@ -184,6 +194,7 @@ class VLLMJudge:
                     load_format="safetensors",
                     enforce_eager=not self._gpu,
                     disable_log_stats=True,
+                    **split_over(self._parts),
                 )
                 try:
                     self._engine = AsyncLLM.from_engine_args(arguments)
@@ -210,10 +221,21 @@ class VLLMJudge:
             logprobs=TOP_LOGPROBS if model.soft else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        async for output in self._engine.generate(TokensPrompt(prompt_token_ids=ids), asked, str(next(self._numbers))):
-            (said,) = output.outputs
-            share = share_of_a({"content": list(map(_token, said.token_ids, said.logprobs))}) if model.soft else None
-            return Outcome(Reply(said.text, len(ids), len(said.token_ids), share_a=share), requests=1)
+        said = await self._said(TokensPrompt(prompt_token_ids=ids), asked)
+        share = share_of_a({"content": list(map(_token, said.token_ids, said.logprobs))}) if model.soft else None
+        return Outcome(Reply(said.text, len(ids), len(said.token_ids), share_a=share), requests=1)
+
+    async def _said(self, prompt: Any, asked: Any) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            async for output in self._engine.generate(prompt, asked, str(next(self._numbers))):
+                (said,) = output.outputs
+                return said
+        except EngineDeadError:
+            # The engine's process is gone for good, but this one lives. Ray starts an actor again only if it dies, and
+            # not if it leaves by `ray.actor.exit_actor()`.
+            os._exit(1)
         raise RuntimeError("vLLM ended a request without an answer")
 
     async def close(self) -> None:
@@ -237,38 +259,76 @@ def _token(chosen: int, alternatives: dict[int, Any]) -> dict[str, Any]:
 
 
 def _on_actors(cluster: Cluster, start: Callable[[Any], Sequence[Any]], timeout_s: float | None) -> Model:
-    """Prompts go to the actors in turn. They start when the first is asked, and live until the command ends."""
+    """Prompts go to the actors in turn. They start when the first is asked, and live until the command ends.
+
+    Raises `TimeoutError` where an answer takes longer than `timeout_s` (None: as long as it takes), or an actor gives
+    no sign of life for `cluster.actor_timeout_s`.
+    """
     actors: list[Any] = []
+    stage, alive_s = cluster.stage, cluster.config.actor_timeout_s
+
+    async def lives(actor: Any) -> None:
+        """Until the actor hangs: Ray starts a dead one again, but waits for ever for one that is stopped."""
+        while True:
+            await _awaited(stage, alive_s, actor.ready.remote(), "a sign of life of a judge's actor")
+            await asyncio.sleep(BEAT_S)
 
     @asynccontextmanager
     async def model() -> AsyncIterator[AskOne]:
         if not actors:
             actors.extend(start(cluster.ray()))
             cluster.stack.callback(_stop, cluster.ray(), actors)
-            starting = [_awaited(START_S, actor.ready.remote(), "an engine to start") for actor in actors]
+            starting = [_awaited(stage, alive_s, actor.ready.remote(), "a judge's actor to start") for actor in actors]
             for wrong in await asyncio.gather(*starting):
                 if wrong:
                     raise InputError(f"judge: {wrong}")
-        turns = itertools.cycle(actors)
+        watches = [asyncio.create_task(lives(actor)) for actor in actors]
+        turns = itertools.cycle(zip(actors, watches, strict=True))
 
         async def ask(messages: Messages) -> Outcome:
-            outcome: Outcome = await _awaited(timeout_s, next(turns).ask.remote(messages), "an answer")
+            actor, watch = next(turns)
+            answer = asyncio.create_task(_awaited(stage, timeout_s, actor.ask.remote(messages), "an answer"))
+            await asyncio.wait({answer, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                answer.cancel()
+                watch.result()
+            outcome: Outcome = await answer
             return outcome
 
-        yield ask
+        try:
+            yield ask
+        finally:
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
 
     return model
 
 
-async def _awaited(timeout_s: float | None, reference: Any, what: str) -> Any:
+async def _awaited(stage: str, timeout_s: float | None, reference: Any, what: str) -> Any:
+    """What `reference` becomes. Raises an error of one line where that takes longer, or the actor has died for good."""
+    from ray.exceptions import RayActorError, RayTaskError
+
     try:
         return await asyncio.wait_for(reference, timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, TimeoutError):  # in the actor, which said so in one line
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise RuntimeError(
+            f"{stage}: waited for {what}, but the actor has died and is not started again; Ray's logs tell why"
+        ) from error
     except TimeoutError:
-        raise TimeoutError(f"judge: waited {timeout_s:g} s for {what}") from None
+        raise _too_long(stage, timeout_s, what) from None
+
+
+def _too_long(stage: str, timeout_s: float | None, what: str) -> TimeoutError:
+    return TimeoutError(f"{stage}: waited {timeout_s:g} s ({TIMEOUT}) for {what}: it hangs, or the cluster is busy")
 
 
 def _stop(ray: Any, actors: Sequence[Any]) -> None:
     """Let engines end their own processes, then end the actors."""
-    ray.wait([actor.close.remote() for actor in actors], num_returns=len(actors), timeout=30)
+    ray.wait([actor.close.remote() for actor in actors], num_returns=len(actors), timeout=CLOSE_S)
     for actor in actors:
         ray.kill(actor)

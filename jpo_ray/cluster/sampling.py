@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.cluster.resources import as_options, await_resources, worker_resources
+from jpo_ray.cluster.resources import Bundle, as_options, await_resources, worker_resources
 from jpo_ray.cluster.session import on_node, within
 from jpo_ray.config import SampleConfig
 from jpo_ray.config_cluster import ClusterConfig
@@ -70,7 +70,7 @@ def _vllm(
     ray: Any, cluster: ClusterConfig, config: SampleConfig, dtype: str, base: Path, requests: Sequence[Request]
 ) -> Iterator[Generated]:
     gpu, parts = cluster.gpus_per_worker > 0, config.tensor_parallel_size
-    bundle = ({"GPU": float(parts)} if gpu else {}) | {"CPU": float(parts)} | cluster.custom_resources
+    bundle = engine_bundle(cluster, parts)
     await_resources(ray, cluster, "sample", [bundle] * cluster.num_actors)
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -78,7 +78,7 @@ def _vllm(
         vLLMEngineProcessorConfig(
             model_source=str(base),
             engine_kwargs=engine_options(dtype, requests, config.max_new_tokens, gpu, parts),
-            runtime_env={"env_vars": {} if gpu else VLLM_CPU_ENV | _threads(ray, cluster, parts)},
+            runtime_env={"env_vars": engine_env(ray, cluster, parts)},
             placement_group_config={"bundles": [bundle]},
             concurrency=cluster.num_actors,
             batch_size=VLLM_BATCH,
@@ -134,14 +134,33 @@ def _end_tokens(base: Path) -> set[int]:
     return end_tokens(load_tokenizer(base), GenerationConfig.from_pretrained(base) if written else GenerationConfig())
 
 
-def _threads(ray: Any, cluster: ClusterConfig, parts: int) -> dict[str, str]:
-    """An engine may use its node's cores, shared among the engines and their parts; Ray would hold it to one."""
+def engine_bundle(cluster: ClusterConfig, parts: int) -> Bundle:
+    """What a vLLM engine of so many parts takes, all on one node: a GPU and a core for each."""
+    gpus = {"GPU": float(parts)} if cluster.gpus_per_worker else {}
+    return gpus | {"CPU": float(parts)} | cluster.custom_resources
+
+
+def engine_env(ray: Any, cluster: ClusterConfig, parts: int) -> dict[str, str]:
+    """The environment of one of `cluster.num_actors` engines.
+
+    Without GPUs it may use its node's cores, shared among the engines and their parts; Ray would hold it to one.
+    """
+    if cluster.gpus_per_worker:
+        return {}
     each = max(1, int(worker_resources(ray, cluster, cluster.num_actors)["CPU"]) // parts)
-    env = {"OMP_NUM_THREADS": str(each)}
+    env = VLLM_CPU_ENV | {"OMP_NUM_THREADS": str(each)}
     if parts > 1:  # vLLM itself would want a memory node (NUMA) for each part
         cores = [range(part * each, (part + 1) * each) for part in range(parts)]
         env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(f"{some[0]}-{some[-1]}" for some in cores)
     return env
+
+
+def split_over(parts: int) -> dict[str, Any]:
+    """vLLM's arguments for an engine of so many parts.
+
+    They are processes of the engine's own actor, which holds all its resources: Ray's own way starts further actors.
+    """
+    return {"tensor_parallel_size": parts, "distributed_executor_backend": "mp"} if parts > 1 else {}
 
 
 def engine_options(
@@ -156,9 +175,7 @@ def engine_options(
         # A prompt prefilled in pieces makes vLLM rewind the request's random generator, which CPU generators cannot:
         # the engine dies with "CPU Generator does not use offset".
         options["enable_chunked_prefill"] = False
-    if tensor_parallel_size > 1:
-        # Processes of the engine's own actor, which holds all its resources: Ray's own way starts further actors.
-        options |= {"tensor_parallel_size": tensor_parallel_size, "distributed_executor_backend": "mp"}
+    options |= split_over(tensor_parallel_size)
     if adapters:
         # One slot more than there are adapters: with equal numbers, rows of the base model that are batched with
         # adapter rows get the last slot's weights, without any error.
@@ -215,15 +232,16 @@ def _transformers(
     ray: Any, cluster: ClusterConfig, config: SampleConfig, dtype: str, base: Path, requests: Sequence[Request]
 ) -> Iterator[Generated]:
     wanted = worker_resources(ray, cluster, cluster.num_actors)
-    await_resources(ray, cluster, "sample", [wanted] * cluster.num_actors)
     adapters = list({r.model.path: r.model for r in requests if r.model.is_adapter}.values())
     rows = [{"requests": _Group(group)} for group in _groups(requests)]
+    actors = min(cluster.num_actors, len(rows))
+    await_resources(ray, cluster, "sample", [wanted] * actors)
     answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         on_node(TransformersActor, _folders(base, requests)),
         fn_constructor_args=(str(base), adapters, dtype, "cuda" if wanted.get("GPU") else "cpu", int(wanted["CPU"])),
         fn_kwargs={"max_new_tokens": config.max_new_tokens, "stop": config.stop},
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=cluster.num_actors),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         **as_options(wanted),
     )
     for row in answered.iter_rows():

@@ -29,6 +29,11 @@ from jpo_ray.runs import RunDir, open_run
 STAGES = ("items", "pairs", "judge", "sft", "reference", "train", "report")
 DRAWN = "drawn"
 ITEMS = "items.jsonl"
+# Keys of the judge that rounds do not depend on.
+NOT_JUDGING: dict[str, Any] = {
+    **dict.fromkeys(("timeout_s", "concurrency", "actors", "tensor_parallel_size"), True),
+    "also": {"__all__": {"tensor_parallel_size"}},
+}
 
 
 def round_specs(context: Context) -> list[Spec]:
@@ -41,7 +46,7 @@ def round_specs(context: Context) -> list[Spec]:
     shared = {
         "rounds": rounds.model_dump(exclude={"count"}),
         "pairs": config.pairs.model_dump(),
-        "judge": config.judge.model_dump(exclude={"timeout_s", "concurrency", "actors"}),
+        "judge": config.judge.model_dump(exclude=NOT_JUDGING),
         "model": config.model.model_dump(exclude={"model_name_or_path"}),
         "sample": sampling.model_dump(include={"max_new_tokens", "stop"}) | {"engine": choose_engine(sampling.engine)},
     }

@@ -54,7 +54,7 @@ def judge_gib(config: RunConfig, stage: str, judge: AnnotatorConfig, shapes: Mod
     """Of a judge's own model: in 16 bits with a cache under vLLM; of a reward model float32, and a batch of texts as
     long as the run's may be."""
     if judge.annotator == "vllm":
-        return shapes.parameters * 2 / GIB + resident_gib(config, stage) + CACHE_GIB
+        return shapes.parameters * 2 / judge.tensor_parallel_size / GIB + resident_gib(config, stage) + CACHE_GIB
     tokens = REWARDED_AT_ONCE * min(config.model.max_length, judge.max_length or config.model.max_length)
     return 4 * (shapes.parameters + tokens * _layer_widths(shapes)) / GIB + resident_gib(config, stage)
 

@@ -31,12 +31,21 @@ def devices_of(config: RunConfig, stage: str) -> int:
 
 
 def gpus_of(config: RunConfig, stage: str) -> float:
-    """All that the stage holds at a time. A sampling engine takes whole ones."""
+    """All that the stage holds at a time. A vLLM engine takes a whole one for each of its parts."""
     if not has_gpus(config, stage):
         return 0
     at_once = config.cluster.trainings_at_once if stage == "train" else 1
-    each = 1 if stage == "sample" else cluster_of(config, stage).gpus_per_worker
-    return devices_of(config, stage) * at_once * each
+    return devices_of(config, stage) * at_once * _gpus_of_each(config, stage)
+
+
+def _gpus_of_each(config: RunConfig, stage: str) -> float:
+    if stage == "sample":
+        return 1
+    own = cluster_of(config, stage).gpus_per_worker
+    if stage not in JUDGING:
+        return own
+    found = [judge.tensor_parallel_size if judge.annotator == "vllm" else own for judge in judge_models(config, stage)]
+    return max([*found, *([own] if reads_policies(config, stage) else [])])
 
 
 def judge_models(config: RunConfig, stage: str) -> list[AnnotatorConfig]:
