@@ -62,35 +62,25 @@ def hold_lease(lease: Lease, wait_s: float = 0.0) -> Iterator[None]:
     interrupts the block as Ctrl-C does.
     """
     _acquire(lease, wait_s)
-    stop = threading.Event()
-    lost: list[Exception] = []
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(INTERRUPT, _interrupt) if in_main else None
-
-    def beat() -> None:
-        if (reason := _beat_until(stop, lease)) is not None:
-            lost.append(reason)
-            if in_main:
-                os.kill(os.getpid(), INTERRUPT)
-
-    thread = threading.Thread(target=beat, daemon=True, name="lease-heartbeat")
-    thread.start()
+    heart = _Heart(lease, interrupts=in_main)
     try:
         try:
             yield
         finally:
-            stop.set()
-            thread.join()
-        if lost:  # not in the main thread, or just now
-            raise lost[0]
+            heart.stop()
+        if heart.lost is not None:  # not in the main thread, or just now
+            raise heart.lost
     except KeyboardInterrupt as interrupt:
-        if lost:
-            raise lost[0] from interrupt
+        if heart.lost is not None:
+            raise heart.lost from interrupt
         raise
     finally:
         if handler is not None:  # None: not the main thread, or a handler that Python cannot put back
             signal.signal(INTERRUPT, handler)
-        lease.release()
+        if heart.lost is None:
+            lease.release()
 
 
 def _acquire(lease: Lease, wait_s: float) -> None:
@@ -108,23 +98,61 @@ def _acquire(lease: Lease, wait_s: float) -> None:
         time.sleep(min(left_s, HEARTBEAT_S * random.uniform(0.5, 1.0)))  # two that wait do not come at once each time
 
 
-def _beat_until(stop: threading.Event, lease: Lease) -> Exception | None:
-    """Beat until told to stop; returns why the lease is lost.
+class _Heart:
+    """Beats in a thread, and sees in another one that they have been silent for too long, since one may hang.
 
-    Whatever goes wrong with one beat, the next may go well: only silence for too long loses the lease.
+    Whatever goes wrong with a beat, the next may go well: only silence loses the lease, or finding it gone.
     """
-    heard_s = time.monotonic()
-    while not stop.wait(HEARTBEAT_S):
-        started_s = time.monotonic()
-        try:
-            lease.beat()
-            heard_s = started_s
-        except LeaseLost as lost:
-            return lost
-        except Exception as error:
-            if time.monotonic() - heard_s > LEASE_EXPIRES_S:
-                return _silent(lease.name, error)
-    return None
+
+    def __init__(self, lease: Lease, *, interrupts: bool) -> None:
+        self.lost: Exception | None = None
+        self._lease, self._interrupts = lease, interrupts
+        self._error: Exception = TimeoutError("no answer")  # of the last beat that failed
+        self._ended, self._heard, self._losing = threading.Event(), threading.Event(), threading.Lock()
+        self._beats, self._watch = (
+            threading.Thread(target=work, daemon=True, name="lease-heartbeat")
+            for work in (self._beat, self._wait_for_silence)
+        )
+        self._beats.start()
+        self._watch.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._watch.join()
+        if self.lost is None:  # else a beat may hang
+            self._beats.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            try:
+                self._lease.beat()
+                self._heard.set()
+            except LeaseLost as lost:
+                self._lose(lost)
+            except Exception as error:
+                self._error = error
+
+    def _wait_for_silence(self) -> None:
+        silent_s, before_s = 0.0, time.monotonic()
+        while not self._ended.wait(HEARTBEAT_S):
+            now_s = time.monotonic()
+            # A process that was held (SIGSTOP) has not listened either: its next beat tells whether it was replaced.
+            silent_s += min(now_s - before_s, 2 * HEARTBEAT_S)
+            before_s = now_s
+            if self._heard.is_set():
+                self._heard.clear()
+                silent_s = 0.0
+            elif silent_s > LEASE_EXPIRES_S:
+                self._lose(_silent(self._lease.name, self._error))
+
+    def _lose(self, reason: Exception) -> None:
+        with self._losing:  # only once: the second interrupt would cut the tidying up short
+            if self._ended.is_set():
+                return
+            self.lost = reason
+            self._ended.set()
+        if self._interrupts:
+            os.kill(os.getpid(), INTERRUPT)
 
 
 def _silent(name: str, error: Exception) -> Exception:

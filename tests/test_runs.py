@@ -493,7 +493,26 @@ def test_a_run_that_is_silent_too_long_stops(error: Exception, monkeypatch: pyte
         time.sleep(20)
     assert 0.3 < time.monotonic() - started < 10
     assert caught.value.__cause__ is not None
-    assert held.released
+
+
+class Hanging(Failing):
+    """A lease whose beats come to no end, from the second one on."""
+
+    def beat(self) -> None:
+        self.beats += 1
+        if self.beats > 1:
+            time.sleep(30)
+
+
+def test_a_run_whose_beat_hangs_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a network disk that waits for its server, or a store whose client waits for minutes."""
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(lease, "LEASE_EXPIRES_S", 0.3)
+    held, started = Hanging(OSError(), 0), time.monotonic()
+    with pytest.raises(TimeoutError, match=r"could not be reached .* \(no answer\)"), lease.hold_lease(held):
+        time.sleep(20)
+    assert 0.3 < time.monotonic() - started < 10
+    assert not held.released  # which would hang too
 
 
 def test_a_disk_that_cannot_be_read_for_a_while_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

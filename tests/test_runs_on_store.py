@@ -346,7 +346,7 @@ def test_a_store_that_is_silent_as_long_as_a_lease_lasts_ends_the_run(
             finally:
                 ended = time.monotonic()
 
-    with pytest.raises(TimeoutError, match=r"^s3://.* could not be reached .* no answer from 127.0.0.1"):
+    with pytest.raises(TimeoutError, match=r"^s3://.* could not be reached .*\(no answer"):
         silent()
     assert time.monotonic() - ended < 0.5  # it is not asked once more
 
