@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from jpo_ray.cluster.resources import await_resources
+from jpo_ray.cluster.resources import as_options, await_resources, task_resources, tasks_at_once
 from jpo_ray.cluster.session import LARGE_AHEAD, within
 from jpo_ray.config_cluster import ClusterConfig
 
@@ -16,17 +16,20 @@ def map_shards(
 ) -> Iterator[Any]:
     """`function(*shared, *each)` of each of the arguments, in their order; what is shared is sent once.
 
-    As many tasks as the cluster has cores are under way; arguments are taken from the iterable as tasks end. Raises
-    `TimeoutError` where no core comes free in `config.wait_s`, or the next result not in `config.actor_timeout_s`.
+    A task takes a core and the stage's custom resources; as many as the cluster has room for are under way. Arguments
+    are taken from the iterable as tasks end. Raises `TimeoutError` where there is no room for one in `config.wait_s`,
+    or the next result does not come in `config.actor_timeout_s`.
     """
-    await_resources(ray, config, stage, [{"CPU": 1.0}])
-    results = _in_turn(ray, function, arguments, shared)
+    await_resources(ray, config, stage, [task_resources(config)])
+    results = _in_turn(ray, config, function, arguments, shared)
     yield from within(results, config.actor_timeout_s, stage, "cluster.actor_timeout_s", LARGE_AHEAD)
 
 
-def _in_turn(ray: Any, function: Callable[..., Any], arguments: Arguments, shared: tuple[Any, ...]) -> Iterator[Any]:
-    at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    task = ray.remote(function).options(num_cpus=1)
+def _in_turn(
+    ray: Any, config: ClusterConfig, function: Callable[..., Any], arguments: Arguments, shared: tuple[Any, ...]
+) -> Iterator[Any]:
+    at_once = tasks_at_once(ray, config)
+    task = ray.remote(function).options(**as_options(task_resources(config)))
     known = [ray.put(value) for value in shared]
     waiting: deque[Any] = deque()
     for each in arguments:

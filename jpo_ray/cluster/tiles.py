@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from jpo_ray.pairs.candidates import Candidates, Search, joined
 from jpo_ray.pairs.plans import Exact, Plan, run_task
 from jpo_ray.pairs.sides import Ints, Side
 from jpo_ray.pairs.strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from jpo_ray.config_cluster import ClusterConfig
 
 CHECKED_AT_ONCE = 16_384
 PARTS_FORMAT = 2  # of what tasks leave for a run that goes on
@@ -36,9 +39,10 @@ class SharedVectors:
 
     reference: Any
     array: Vectors
+    cluster: "ClusterConfig"  # of the stage: where the tasks that read them run
 
 
-def share(ray: Any, vectors: Vectors) -> SharedVectors:
+def share(ray: Any, vectors: Vectors, cluster: "ClusterConfig | None" = None) -> SharedVectors:
     """Put vectors where all workers read them; the caller's copy is not needed any longer.
 
     Raises `InputError` for vectors that are not normalised: zero, not finite, or of another kind of embedding.
@@ -51,8 +55,10 @@ def share(ray: Any, vectors: Vectors) -> SharedVectors:
                 f"embeddings: vector {start + bad[0]} of {len(vectors)} has the norm {norms[bad[0]]:g}, not 1; "
                 "remove the run's embeddings and the cache's to make them again"
             )
+    from jpo_ray.config_cluster import ClusterConfig
+
     reference = ray.put(vectors)
-    return SharedVectors(reference, ray.get(reference))
+    return SharedVectors(reference, ray.get(reference), cluster or ClusterConfig())
 
 
 class Tiles:
@@ -148,7 +154,9 @@ def _tasks_on_ray(
     """Each task's candidates, encoded, as they are done."""
     if not tasks:
         return
-    shared = ray.put(plan), sides, vectors.reference
+    from jpo_ray.cluster.resources import as_options, task_resources, tasks_at_once
+
+    shared, options = (ray.put(plan), sides, vectors.reference), as_options(task_resources(vectors.cluster))
 
     def tile(batch: dict[str, Any]) -> dict[str, Any]:
         task = int(batch["task"][0])
@@ -161,12 +169,12 @@ def _tasks_on_ray(
 
     numbers = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
     if len(tasks) < POOL_TASKS:
-        mapped = numbers.map_batches(tile, batch_size=1, num_cpus=1)
+        mapped = numbers.map_batches(tile, batch_size=1, **options)
     else:
         # Actors hold the next task when one is done; plain tasks leave a core idle for a tenth of a second between two.
-        size = max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(tasks)))
+        size = min(tasks_at_once(ray, vectors.cluster), len(tasks))
         pool = ray.data.ActorPoolStrategy(min_size=1, initial_size=size, max_size=size, max_tasks_in_flight_per_actor=2)
-        mapped = numbers.map_batches(Tile, batch_size=1, num_cpus=1, compute=pool)
+        mapped = numbers.map_batches(Tile, batch_size=1, compute=pool, **options)
     for row in mapped.iter_rows():
         yield row["task"], row["found"]
 

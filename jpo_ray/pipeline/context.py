@@ -46,6 +46,7 @@ class Context:
     specs: Mapping[str, Callable[["Context"], list[Spec]]]  # stage -> its artifacts
     stack: ExitStack
     in_trial: bool = False  # one of several trainings side by side, in a process of its own
+    connected: Callable[["Context"], None] = lambda _: None  # called once Ray is there
     _ray: Any = None
     _known: dict[str, list[Spec]] = field(default_factory=dict)
 
@@ -55,13 +56,15 @@ class Context:
             from jpo_ray.cluster.session import ray_session
 
             self._ray = self.stack.enter_context(ray_session(self.config.cluster))
+            self.connected(self)
         return self._ray
 
     def ray_with_a_core(self) -> Any:
-        """Ray, once a core is free for the tasks of `pairs`; they take as many as there are."""
-        from jpo_ray.cluster.resources import await_resources
+        """Ray, once there is room for a task of `pairs`; they take as many cores as there are."""
+        from jpo_ray.cluster.resources import await_resources, task_resources
 
-        await_resources(self.ray(), self.cluster("pairs"), "pairs", [{"CPU": 1.0}])
+        cluster = self.cluster("pairs")
+        await_resources(self.ray(), cluster, "pairs", [task_resources(cluster)])
         return self.ray()
 
     def cluster(self, stage: str) -> ClusterConfig:

@@ -92,7 +92,7 @@ def make_pairs(context: Context, out: Path, work: Path) -> dict[str, Any]:
     if config.pairs.joint:
         from jpo_ray.cluster.tiles import share
 
-        shared = share(context.ray_with_a_core(), vectors_of(embeddings["vector"]))
+        shared = share(context.ray_with_a_core(), vectors_of(embeddings["vector"]), context.cluster("pairs"))
     del embeddings
     chosen: dict[str, tuple[PairNames, Chosen]] = {}
     notes: dict[str, Any] = {}

@@ -109,7 +109,7 @@ def _duplicates(context: Context, items: pa.Table, ids: Sequence[str], vectors: 
     from jpo_ray.cluster.pairing import near_duplicates
     from jpo_ray.cluster.tiles import share
 
-    shared = share(context.ray_with_a_core(), vectors)
+    shared = share(context.ray_with_a_core(), vectors, context.cluster("pairs"))
     config, seed = context.config.pairs, context.config.seed
     assert config.near_duplicates is not None
     above, timeout_s = (config.joint or JointPairs()).approximate_above, context.cluster("pairs").actor_timeout_s

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.running import BATON
 from jpo_ray.cluster import shards
 from jpo_ray.cluster.session import LARGE_AHEAD
 from jpo_ray.cluster.shards import map_shards
@@ -28,6 +29,27 @@ def test_results_come_in_order_and_arguments_are_taken_as_they_are_needed(ray_cl
     assert next(found) == (0, "shard 0")
     assert len(taken) <= int(ray_cluster.cluster_resources()["CPU"]) + LARGE_AHEAD
     assert list(found) == [(10 * number, f"shard {number}") for number in range(1, 8)]
+
+
+@pytest.mark.ray
+def test_tasks_keep_to_the_nodes_that_the_stage_asks_for(ray_cluster: Any) -> None:
+    """Each takes half of the cluster's one baton, which is why no more than two are under way."""
+    taken, config = list[int](), ClusterConfig(custom_resources={BATON: 0.5})
+
+    def arguments() -> Any:
+        for number in range(6):
+            taken.append(number)
+            yield (number,)
+
+    def held(_: int) -> Any:
+        import ray
+
+        return ray.get_runtime_context().get_assigned_resources()
+
+    found = map_shards(ray_cluster, config, "judge", held, arguments())
+    assert next(found) == {"CPU": 1.0, BATON: 0.5}
+    assert len(taken) <= 2 + LARGE_AHEAD
+    assert list(found) == [{"CPU": 1.0, BATON: 0.5}] * 5
 
 
 @pytest.mark.ray
@@ -59,5 +81,9 @@ def _remote(function: Any) -> Any:
 
 
 HERE = SimpleNamespace(
-    put=lambda value: value, get=lambda wanted: wanted(), remote=_remote, cluster_resources=lambda: {"CPU": 2}
+    put=lambda value: value,
+    get=lambda wanted: wanted(),
+    remote=_remote,
+    cluster_resources=lambda: {"CPU": 2},
+    nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}],
 )
