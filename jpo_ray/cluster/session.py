@@ -4,6 +4,7 @@ import logging
 import os
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ LARGE_AHEAD = 2  # of those that may take hundreds of megabytes each
 # Set before Ray starts, unless the user did.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train polls its workers this often
-    "RAY_process_group_cleanup_enabled": "true",  # what a killed worker has started (vLLM's engine process) ends too
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -49,7 +49,7 @@ class Cluster:
 def ray_session(config: ClusterConfig) -> Iterator[Any]:
     """A connection to Ray: the one that exists, the cluster at `address` or RAY_ADDRESS, else a local one.
 
-    What this call started it also stops.
+    What this call started it also stops. Raises `InputError` where no cluster answers, or it asks for another token.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -65,8 +65,8 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
     try:
         with _quiet_stderr(), nullcontext() if address else interrupt_later():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except ConnectionError as error:
-        raise InputError(f"cluster.address: no Ray cluster answers at {address} ({error})") from error
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise InputError(_why_not_connected(address, error)) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -84,6 +84,17 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
         with no_second_interrupt():
             ray.shutdown()
         logging.disable(logging.NOTSET)
+
+
+def _why_not_connected(address: str | None, error: Exception) -> str:
+    # A token that the cluster refuses comes as a ConnectionError, with the reason as text somewhere behind it.
+    if "AuthenticationError" in "".join(traceback.format_exception(error)):
+        cluster = f"the Ray cluster at {address}" if address else "Ray"
+        return (
+            f"cluster.address: {cluster} asks for a token, and the one here is missing or wrong; export "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE, the file that the cluster's nodes were started with"
+        )
+    return f"cluster.address: no Ray cluster answers at {address} ({error})"
 
 
 @contextmanager
@@ -112,21 +123,22 @@ def map_on_actors(
     row_per_cpu: bool = False,
     needs: Sequence[Path] = (),
 ) -> Iterator[dict[str, Any]]:
-    """`rows` through a Ray Data pool of `config.num_actors` actors, as they are done.
+    """`rows` through a Ray Data pool of `config.num_actors` actors, as they are done; fewer where rows are few.
 
     `actor(*arguments, device, threads)` gets them one at a time, or with `row_per_cpu` as many as it has CPUs (where it
     has no GPU). `needs` are the folders that it reads. Raises `InputError` where the cluster has no room for the pool.
     """
     wanted = worker_resources(ray, config, config.num_actors)
-    await_resources(ray, config, stage, [wanted] * config.num_actors)
     threads, gpus = int(wanted["CPU"]), wanted.get("GPU", 0)
     at_once = threads if row_per_cpu and not gpus else 1
     blocks = -(-len(rows) // at_once)
+    actors = min(config.num_actors, blocks)
+    await_resources(ray, config, stage, [wanted] * actors)
     mapped = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         on_node(actor, needs),
         fn_constructor_args=(*arguments, "cuda" if gpus else "cpu", threads),
         batch_size=at_once,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, blocks)),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         **as_options(wanted),
     )
     yield from within(mapped.iter_rows(), config.actor_timeout_s, stage, "cluster.actor_timeout_s")

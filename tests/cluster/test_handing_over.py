@@ -6,25 +6,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from engine.tiny import World
 from ray import cloudpickle
 
 from cluster import working
-from cluster.running import BATON, CLUSTER, nothing
+from cluster.running import BATON, CLUSTER, NoBar, nothing
+from jpo_ray.cluster import tiles
+from jpo_ray.cluster.pairing import near_duplicates
 from jpo_ray.cluster.reference import reference_scores
 from jpo_ray.cluster.resources import await_resources
 from jpo_ray.cluster.sampling import generate
+from jpo_ray.cluster.session import map_on_actors
 from jpo_ray.cluster.training import Work, run_training
 from jpo_ray.cluster.trials import run_trials
-from jpo_ray.config import SampleConfig
+from jpo_ray.config import JointPairs, SampleConfig
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.generation import Request, SampledModel
+from jpo_ray.pairs import plans
 
 pytestmark = pytest.mark.ray
 
 # The cluster has one baton: who holds it is the only one to work. Ray counts it as it counts GPUs.
 ALONE = CLUSTER.model_copy(update={"custom_resources": {BATON: 1.0}, "num_workers": 1, "wait_s": 60.0})
+NOWHERE = Path("/nowhere")
+NEAR = JointPairs(strategy="similar", min_similarity=0.99)
 TINY_SAMPLES = SampleConfig(engine="transformers", temperatures=[0.0], max_new_tokens=4)
 
 
@@ -86,6 +93,44 @@ def test_it_goes_on_as_soon_as_that_is_free(ray_cluster: Any, held: Any) -> None
     await_resources(ray_cluster, ALONE, "reference", [{BATON: 1.0}])
     assert 0.9 < time.monotonic() - started < 40
     release.join()
+
+
+@pytest.mark.parametrize("pool", [2, 16])  # tasks from which they run in actors
+def test_tiles_take_what_the_stage_asks_for(
+    ray_cluster: Any, held: Any, pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is how they keep to the nodes that have it."""
+    monkeypatch.setattr(tiles, "POOL_TASKS", pool)
+    monkeypatch.setattr(plans, "BLOCK_ROWS", 6)
+    every, vectors = np.arange(12), np.eye(12, dtype=np.float16)
+    vectors[7] = vectors[2]
+    shared = tiles.share(ray_cluster, vectors, ALONE)
+    release = threading.Timer(4.0, ray_cluster.kill, [held])
+    release.start()
+    started = time.monotonic()
+    found = near_duplicates(ray_cluster, shared, every, every, NEAR, 8, 0, NoBar(), timeout_s=60.0)
+    assert time.monotonic() - started > 4
+    assert {tuple(pair) for pair in zip(*(side.tolist() for side in found[:2]), strict=True)} == {(2, 7), (7, 2)}
+    release.join()
+
+
+def test_a_pool_of_few_rows_asks_for_no_more_actors_than_it_starts(ray_cluster: Any) -> None:
+    """Two actors would need two batons."""
+
+    class Twice:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {"twice": 2 * batch["number"]}
+
+    two = ALONE.model_copy(update={"num_actors": 2})
+    assert list(map_on_actors(ray_cluster, two, "judge", [{"number": 4}], Twice)) == [{"twice": 8}]
+    with pytest.raises(InputError, match=r"^judge: asks for 2 x 1 CPU [+] 1 baton, but the cluster has"):
+        next(map_on_actors(ray_cluster, two, "judge", [{"number": 4}, {"number": 5}], Twice))
+    requests = [Request(0, SampledModel("sft", NOWHERE, NOWHERE), [1, 5], 0.0, n) for n in range(65)]
+    with pytest.raises(InputError, match=r"^sample: asks for 2 x 1 CPU [+] 1 baton, but the cluster has"):
+        list(generate(ray_cluster, two, TINY_SAMPLES, "transformers", "float32", requests))
 
 
 def test_on_an_autoscaling_cluster_nodes_are_waited_for(ray_cluster: Any) -> None:
