@@ -26,6 +26,7 @@ from jpo_ray.pipeline.annotating import check_annotator
 from jpo_ray.pipeline.base_model import MODEL_KEY, adapter_to_start_from, base_model
 from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec, build, run_stage, show, stands
+from jpo_ray.pipeline.demand import check_resources
 from jpo_ray.pipeline.instructions import check_instructions_fit
 from jpo_ray.runs import RunDir, open_run
 
@@ -59,7 +60,7 @@ def run_stages(
     """
     console = console or Console()
     with open_run(run_dir, others, config.cluster.lease_wait_s) as run, ExitStack() as stack:
-        context = Context(run, config, console, STAGES, stack)
+        context = Context(run, config, console, STAGES, stack, connected=partial(check_resources, stages=stages))
         _check_early(context, stages)
         for stage in stages:
             if stage == "train" and config.cluster.trainings_at_once > 1 and config.rounds is None:
