@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,8 @@ from ray._private.runtime_env.packaging import create_package
 
 from cluster.nodes import Nodes, free_port, ray_nodes
 from jpo_ray.cli import main
-from jpo_ray.cluster.submission import MIB, read_runtime_env, require_small, upload_sizes
+from jpo_ray.cluster.submission import MIB, SECRET_FILES, read_runtime_env, require_small, sent_files, upload_sizes
+from jpo_ray.cluster.submission import submit as submit_job
 from jpo_ray.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -69,17 +71,18 @@ def test_a_checkout_sends_what_jobs_need_and_little_more() -> None:
     assert sum(sizes.values()) < 20 * MIB
 
 
+@pytest.mark.parametrize("value", ["abc", 987654])
 @pytest.mark.parametrize(
     "name", ["OPENAI_API_KEY", "HF_TOKEN", "aws_secret_access_key", "PGPASSWORD", "AWS_ACCESS_KEY_ID"]
 )
-def test_secrets_are_refused_in_a_runtime_environment(tmp_path: Path, name: str) -> None:
+def test_secrets_are_refused_in_a_runtime_environment(tmp_path: Path, name: str, value: Any) -> None:
     path = tmp_path / "env.yaml"
-    path.write_text(yaml.safe_dump({"env_vars": {"JPO_CACHE": "/shared", name: "abc"}}))
+    path.write_text(yaml.safe_dump({"env_vars": {"JPO_CACHE": "/shared", name: value}}))
     with pytest.raises(
         InputError, match=rf"env_vars\.{name}: the dashboard shows a job's environment to everybody"
     ) as e:
         read_runtime_env(path)
-    assert "abc" not in str(e.value)
+    assert str(value) not in str(e.value)
 
 
 def test_names_that_only_look_like_secrets_are_sent(tmp_path: Path) -> None:
@@ -87,6 +90,83 @@ def test_names_that_only_look_like_secrets_are_sent(tmp_path: Path) -> None:
     names = ["TOKENIZERS_PARALLELISM", "RAY_AUTH_TOKEN_PATH", "AWS_WEB_IDENTITY_TOKEN_FILE", "KEYBOARD", "JPO_CACHE"]
     path.write_text(yaml.safe_dump({"env_vars": dict.fromkeys(names, "abc")}))
     assert read_runtime_env(path)["env_vars"].keys() == set(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("env_vars: {1: a}", "the key 1 is of type <class 'int'>"),
+        ("env_vars: {OMP_NUM_THREADS: 4}", "the value 4 is of type <class 'int'>"),
+        ("env_vars: [a]", "['env_vars'] must be of type Dict[str, str]"),
+        ("excludes: runs/", "['excludes'] must be of type List[str]"),
+        ("excludes: [1]", "['excludes'] must be of type List[str]"),
+        ("py_modules: code", "`py_modules` must be a list of strings"),
+        ("pip: 3", "pip"),
+    ],
+)
+def test_what_ray_cannot_read_in_a_runtime_environment_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "env.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: .*{re.escape(said)}") as refused:
+        read_runtime_env(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_left_empty_in_a_runtime_environment_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "env.yaml"
+    path.write_text("excludes:\nenv_vars:\npip:\npy_modules:\nworking_dir:\n")
+    assert read_runtime_env(path) == {}
+
+
+NOBODY = "http://127.0.0.1:9"
+
+
+def said_before_sending(tmp_path: Path, environment: dict[str, Any]) -> tuple[str, str]:
+    """What `submit` says, and why it ends, where no cluster answers."""
+    path = tmp_path / "env.yaml"
+    path.write_text(yaml.safe_dump(environment))
+    said: list[str] = []
+    with pytest.raises(InputError) as refused:
+        submit_job(NOBODY, ["true"], path, tmp_path / "project", said.append, wait=False)
+    return "".join(said), str(refused.value)
+
+
+def test_files_that_may_hold_secrets_are_not_sent_and_named(tmp_path: Path) -> None:
+    files = dict.fromkeys([".env", "code.py", "deep/ca.pem", "deep/a.key", ".env.local", "ignored/b.key"], "x")
+    write(tmp_path / "project", files | {".rayignore": "ignored/"})
+    said, refused = said_before_sending(tmp_path, {"excludes": ["!ca.pem"]})
+    assert said == (
+        "not sent, since they may hold secrets: .env, .env.local, deep/a.key (`excludes: ['!NAME']` in the runtime "
+        "environment sends one)\n"
+    )
+    assert "no Ray dashboard answers there" in refused
+    sent = sent_files(tmp_path / "project", [*SECRET_FILES, "!ca.pem"])
+    package = tmp_path / "package.zip"
+    create_package(str(tmp_path / "project"), package, include_gitignore=True, excludes=[*SECRET_FILES, "!ca.pem"])
+    with zipfile.ZipFile(package) as packed:
+        packed_files = {entry.filename for entry in packed.infolist() if not entry.is_dir()}
+    assert packed_files == sent.keys() == {".rayignore", "code.py", "deep/ca.pem"}
+
+
+def test_a_working_directory_in_the_runtime_environment_is_not_used_and_that_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "project", {"code.py": "x"})
+    said, _ = said_before_sending(tmp_path, {"working_dir": "elsewhere"})
+    project = tmp_path / "project"
+    assert said == f"{tmp_path / 'env.yaml'}: its working_dir is not used, but --working-dir ({project})\n"
+
+
+def test_modules_are_sized_too(tmp_path: Path) -> None:
+    """By what Ray sends of them: also what it leaves out of a working directory by itself."""
+    write(tmp_path, {"project/code.py": "x", "module/__pycache__/a": "", "wheel-1-py3-none-any.whl": ""})
+    os.truncate(tmp_path / "module" / "__pycache__" / "a", 101 * MIB)
+    os.truncate(tmp_path / "wheel-1-py3-none-any.whl", 102 * MIB)
+    for module, size in (("module", 101), ("wheel-1-py3-none-any.whl", 102)):
+        _, refused = said_before_sending(tmp_path, {"py_modules": [str(tmp_path / module)]})
+        assert f"py_modules {tmp_path / module}: {size} MiB would be sent and Ray takes less than 100" in refused
+    _, refused = said_before_sending(
+        tmp_path, {"py_modules": ["https://host/m.zip", str(tmp_path / "module")], "excludes": ["__pycache__"]}
+    )
+    assert "no Ray dashboard answers there" in refused
 
 
 def submit(nodes: Nodes, *command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
