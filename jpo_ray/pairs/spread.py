@@ -41,24 +41,35 @@ def ranked(found: Candidates) -> dict[str, npt.NDArray[np.generic]]:
     return columns | {"rank": rank_in_run(found.row)}
 
 
-def _distinct_pairs(rows: Rows, *, symmetric: bool) -> Rows:
-    """A tile's candidates in the order in which they are taken, each pair once."""
-    rows = rows[np.lexsort((rows["row"], rows["order"], rows["rank"]))]
+def _codes(rows: Rows, *, symmetric: bool) -> Ints:
+    """A number for each candidate's pair, the same whichever of its ends is the row where that makes no difference."""
     ends = rows["row"].astype(np.int64), rows["column"].astype(np.int64)
     if symmetric:
         ends = np.minimum(*ends), np.maximum(*ends)
-    _, first = np.unique(ends[0] << 32 | ends[1], return_index=True)
+    codes: Ints = ends[0] << 32 | ends[1]
+    return codes
+
+
+def _distinct_pairs(rows: Rows, *, symmetric: bool) -> Rows:
+    """A tile's candidates in the order in which they are taken, each pair once."""
+    rows = rows[np.lexsort((rows["row"], rows["rank"].astype(np.uint64) << np.uint64(32) | rows["order"]))]
+    _, first = np.unique(_codes(rows, symmetric=symmetric), return_index=True)
     first.sort()
     return rows[first]
 
 
 def count_by_rank(rows: Rows, *, symmetric: bool) -> Ints:
-    return np.bincount(_distinct_pairs(rows, symmetric=symmetric)["rank"])
+    """How many of a tile's distinct pairs are first of each rank."""
+    codes = _codes(rows, symmetric=symmetric)
+    by_pair = np.argsort(codes)
+    codes, rank = codes[by_pair], rows["rank"][by_pair]
+    starts = np.flatnonzero(np.diff(codes, prepend=codes[:1] - 1))
+    return np.bincount(np.minimum.reduceat(rank, starts) if len(starts) else rank)
 
 
 def of_rank(rows: Rows, rank: int, *, symmetric: bool) -> Found:
     """Priorities and rows of a tile's distinct pairs of one rank."""
-    some = _distinct_pairs(rows, symmetric=symmetric)
+    some = _distinct_pairs(rows[rows["rank"] <= rank], symmetric=symmetric)
     some = some[some["rank"] == rank]
     return some["order"], some["row"]
 
@@ -88,9 +99,9 @@ def end_of(rank: int, taken: int, found: Sequence[Found]) -> End:
 
 def taken(rows: Rows, end: End | None, *, symmetric: bool) -> Rows:
     """A tile's chosen pairs, in order; `end` None: all of them."""
-    rows = _distinct_pairs(rows, symmetric=symmetric)
     if end is None:
-        return rows
+        return _distinct_pairs(rows, symmetric=symmetric)
+    rows = _distinct_pairs(rows[rows["rank"] <= end.rank], symmetric=symmetric)  # about half of the candidates
     before = rows["rank"] < end.rank
     earlier = (rows["order"] < end.order) | ((rows["order"] == end.order) & (rows["row"] <= end.row))
     kept: Rows = rows[before | ((rows["rank"] == end.rank) & earlier)]

@@ -13,6 +13,8 @@ from jpo_ray.pairs import spread
 from jpo_ray.pairs.sides import Ints
 
 CONDITIONAL, LABELLED, CHOSEN = 0, 1, 2  # kinds of pairs
+PROTOCOL_OF = pa.array(["conditional", "joint", "joint"])
+AT_ONCE = 2**16  # ids as Python's strings, which take ten times the memory
 
 
 @dataclass(frozen=True)
@@ -56,21 +58,22 @@ def pair_table(names: PairNames, pairs: Any, candidates: Any) -> pa.Table:
     a, b = ids.take(pa.array(first[kept])), ids.take(pa.array(second[kept]))
     ascending = pc.less(a, b)
     lower, higher = pc.if_else(ascending, a, b), pc.if_else(ascending, b, a)
-    kind = kind[kept]
-    protocol = np.where(kind == CONDITIONAL, "conditional", "joint")
+    kind = pa.array(kind[kept])
+    protocol = PROTOCOL_OF.take(kind)
     pair_id = np.empty(len(kept), dtype=object)
     for name in records.PROTOCOLS:
-        some = np.flatnonzero(protocol == name)
-        low, high = (side.take(pa.array(some)).to_pylist() for side in (lower, higher))
-        pair_id[some] = records.pair_ids(low, high, name)
-    strategy = np.select([kind == CONDITIONAL, kind == LABELLED], ["conditional", "labelled"], names.strategy)
+        of_protocol = np.flatnonzero(pc.equal(protocol, name))
+        for start in range(0, len(of_protocol), AT_ONCE):
+            some = of_protocol[start : start + AT_ONCE]
+            low, high = (side.take(pa.array(some)).to_pylist() for side in (lower, higher))
+            pair_id[some] = records.pair_ids(low, high, name)
     columns = {
         "pair_id": pa.array(pair_id, pa.string()),
         "item_a": lower,
         "item_b": higher,
-        "protocol": pa.array(protocol, pa.string()),
+        "protocol": protocol,
         "similarity": similarity[kept],
-        "strategy": pa.array(strategy, pa.string()),
+        "strategy": pa.array(["conditional", "labelled", names.strategy]).take(kind),
         "split": pa.repeat(names.split, len(kept)),
     }
     return pa.table(columns, schema=records.PAIRS)
