@@ -212,7 +212,7 @@ class FileLease:
                 staged.unlink(missing_ok=True)
             raise InputError(f"{self.name}: cannot be written ({error.strerror})") from error
         try:
-            with _alone(path.parent):
+            with _alone(path):
                 _remove_if_dead(path, staged)
                 os.link(staged, path)  # atomic, and fails where a lease stands; its content is complete from the start
         except FileExistsError as error:
@@ -222,7 +222,7 @@ class FileLease:
 
     def beat(self) -> None:
         try:
-            with _alone(self._path.parent):
+            with _alone(self._path):
                 self._require_mine()
                 os.utime(self._path)
         except FileNotFoundError as error:
@@ -231,7 +231,7 @@ class FileLease:
             ) from error
 
     def release(self) -> None:
-        with suppress(OSError, LeaseLost), _alone(self._path.parent):  # it may be gone
+        with suppress(OSError, LeaseLost), _alone(self._path):  # it may be gone
             self._require_mine()
             self._path.unlink(missing_ok=True)
 
@@ -248,11 +248,19 @@ def _interrupt(_number: int, _frame: Any) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time: of two that find a dead lease, the second could remove the first one's new one."""
-    handle = os.open(folder, os.O_RDONLY)
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time with the lease that stands there, if one does.
+
+    Of two that find it dead, the second could else remove the first one's new one; with the lock, it reads that.
+    """
     try:
-        with suppress(OSError):  # some network file systems cannot lock a folder
+        # NFS locks no folders, and only what may be written.
+        handle = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        with suppress(OSError):  # a file system that locks nothing
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

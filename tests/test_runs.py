@@ -1,6 +1,7 @@
 """Artifacts exist whole or not at all; a run directory has one holder at a time."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -387,8 +388,18 @@ def test_of_two_processes_one_wins(left: str, tmp_path: Path) -> None:
     assert "in use by another run (process " in outcomes[1]
 
 
-def test_of_many_that_find_a_dead_lease_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("disk", ["local", "NFS"])
+def test_of_many_that_find_a_dead_lease_one_wins(disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sees it dead, then pauses before removing it: without a lock the last would remove a living one."""
+    flock = fcntl.flock
+
+    def lock_as_nfs(handle: int, how: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, how)
+
+    if disk == "NFS":
+        monkeypatch.setattr(fcntl, "flock", lock_as_nfs)
     is_gone = lease.is_gone
 
     def slowly(holder: dict[str, Any]) -> bool:
