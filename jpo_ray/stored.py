@@ -22,7 +22,7 @@ from typing import Any
 
 from jpo_ray.artifacts import FORMAT, Manifest, of_other_format
 from jpo_ray.errors import InputError
-from jpo_ray.files import hash_file, read_json, write_json
+from jpo_ray.files import flush, hash_file, read_json, write_json
 from jpo_ray.store import Store, is_uri
 
 MANIFEST = "manifest.json"
@@ -122,6 +122,7 @@ def fetch_artifact(store: Store, artifact: str, root: Path) -> Manifest | None:
         staged.mkdir(parents=True)
         _download(store, found.folder, staged, found.manifest.files)
         write_json(staged / MANIFEST, asdict(found.manifest))
+        flush(staged)
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         staged.rename(target)

@@ -82,6 +82,23 @@ def test_what_one_machine_builds_another_reads(run: RunDir, uri: str, machine: C
     assert not build(there, "never written", x=1)
 
 
+def test_what_is_fetched_is_on_disk_before_it_counts(
+    run: RunDir, uri: str, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave a working copy whose manifest stands beside empty files."""
+    build(run)
+    machine("there")
+    there, flushed, fsync = RunDir(uri), set[str](), os.fsync
+
+    def remember(handle: int) -> None:
+        flushed.add(Path(f"/proc/self/fd/{handle}").readlink().name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    there.path("items")
+    assert flushed >= {"data.txt", "more.txt", "deep", "manifest.json", "fetched-items"}
+
+
 def test_a_new_version_takes_the_place_of_the_old_one_everywhere(
     run: RunDir, uri: str, machine: Callable[[str], None]
 ) -> None:
