@@ -17,12 +17,12 @@ from jpo_ray.cluster.joint_problem import (
     limits_text,
     too_few,
 )
-from jpo_ray.cluster.tiles import TIMEOUT_S, SharedVectors, Tiles, by_row, numbered
+from jpo_ray.cluster.tiles import TIMEOUT_S, SharedVectors, Tiles
 from jpo_ray.config import JointPairs
 from jpo_ray.errors import InputError
 from jpo_ray.pairs.candidates import Candidates, Search, joined
 from jpo_ray.pairs.clusters import cluster
-from jpo_ray.pairs.plans import Exact, Parts, Plan, grouped
+from jpo_ray.pairs.plans import Exact, Parts, Plan, by_row, grouped, numbered
 from jpo_ray.pairs.selection import candidates_per_row, select
 from jpo_ray.pairs.sides import Ints, Side, random_groups, rank_in_run
 from jpo_ray.pairs.strategies import STRATEGIES, uniform
@@ -187,7 +187,8 @@ def make_plan(tiles: Tiles, problem: JointProblem, search: Search) -> tuple[Plan
                 f"approximate candidates find {notes['recall']:.2%} of the exact ones, pairs.joint.min_recall asks for "
                 f"{problem.config.min_recall:.2%}; raise approximate_above to look at all pairs"
             )
-    return lambda some: Parts.of(some, row_parts, column_parts, meets, extra, problem.seed), False, notes
+    keep = search.keep * search.bins
+    return lambda some: Parts.of(some, row_parts, column_parts, meets, extra, problem.seed, keep), False, notes
 
 
 def _any_partner_will_do(problem: JointProblem, search: Search) -> bool:
@@ -217,7 +218,7 @@ def _sampled_plan(problem: JointProblem, search: Search) -> tuple[PlanOf, bool, 
         random_groups(columns.keys, column_groups, seed),
     )
     notes = {"columns met at random": met * len(columns) // column_groups}
-    return lambda some: Parts.of(some, row_parts, column_parts, meets, 0, seed), False, notes
+    return lambda some: Parts.of(some, row_parts, column_parts, meets, 0, seed, search.keep), False, notes
 
 
 def _nearness(near: Ints, row_parts: Ints, column_parts: Ints) -> Ints:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from jpo_ray.errors import InputError
 from jpo_ray.pairs.candidates import Candidates, Search, joined
-from jpo_ray.pairs.plans import Exact, Plan, run_task
+from jpo_ray.pairs.plans import Exact, Plan, by_row, run_task
 from jpo_ray.pairs.sides import Ints, Side
 from jpo_ray.pairs.strategies import STRATEGIES
 
@@ -188,16 +188,3 @@ def encoded(found: Candidates) -> bytes:
 def _decoded(stored: bytes) -> Candidates:
     with np.load(BytesIO(stored), allow_pickle=False) as arrays:
         return Candidates(**arrays)
-
-
-def by_row(found: Candidates) -> Candidates:
-    """By row and bin, best first: the choice must not depend on how rows were spread over tasks."""
-    lists = found.row.astype(np.int64) * len(found.in_band) + found.bin
-    if (np.diff(lists) >= 0).all():
-        return found
-    return numbered(found, np.lexsort((found.order, lists)))
-
-
-def numbered(found: Candidates, numbers: Ints) -> Candidates:
-    columns = {name: values[numbers] for name, values in found.__dict__.items() if name != "in_band"}
-    return replace(found, **columns)

@@ -1,7 +1,7 @@
 """Which columns each block of rows meets: all of them, those of its group, or some where there are too many."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,8 @@ from jpo_ray.pairs.product import bfloat16_is_quicker
 from jpo_ray.pairs.sides import Ints, Side
 
 TASK_ROWS = 16_384  # of parts, which meet few columns each
+LEAST_TASK_ROWS = 256
+TASK_CANDIDATES = 2**21  # that the driver gets at a time: 34 MiB, and twice that beside them while it deals them out
 
 
 class Plan(Protocol):
@@ -27,7 +29,7 @@ class Plan(Protocol):
 def run_task(
     plan: Plan, task: int, rows: Side, columns: Side, vectors: npt.NDArray[np.float16], search: Search
 ) -> Candidates:
-    """The candidates of a task's rows, numbered as in `rows` and `columns`."""
+    """The candidates of a task's rows by row and bin, numbered as in `rows` and `columns`."""
     if search.quick:
         bfloat16_is_quicker()  # loads torch, whose threads are limited too
     with threadpool_limits(1):  # a task has one core, whatever the environment says
@@ -35,7 +37,20 @@ def run_task(
             block_candidates(rows.take(some), columns.take(others), vectors, search).renumbered(some, others)
             for some, others in plan.blocks(task)
         ]
-    return joined(parts, search.bins)
+    return by_row(joined(parts, search.bins))
+
+
+def by_row(found: Candidates) -> Candidates:
+    """By row and bin, best first: the choice must not depend on how rows were spread over tasks."""
+    lists = found.row.astype(np.int64) * len(found.in_band) + found.bin
+    if (lists[1:] >= lists[:-1]).all():
+        return found
+    return numbered(found, np.lexsort((found.order, lists)))
+
+
+def numbered(found: Candidates, numbers: Ints) -> Candidates:
+    columns = {name: values[numbers] for name, values in found.__dict__.items() if name != "in_band"}
+    return replace(found, **columns)
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,16 @@ class Parts:
     meets: Ints  # int64[P, M]
     extra: int
     seed: int
+    task_rows: int
 
     @classmethod
-    def of(cls, rows: Ints, row_parts: Ints, column_parts: Ints, meets: Ints, extra: int, seed: int) -> "Parts":
-        """`rows` are the rows to look at; `row_parts` and `column_parts` give the part of every row and column."""
+    def of(
+        cls, rows: Ints, row_parts: Ints, column_parts: Ints, meets: Ints, extra: int, seed: int, keep: int = 1
+    ) -> "Parts":
+        """`rows` are the rows to look at; `row_parts` and `column_parts` give the part of every row and column.
+
+        `keep` is how many candidates of a row are kept: where they are many, a task has fewer rows.
+        """
         by_part = rows[np.argsort(row_parts[rows], kind="stable")]
         column_edges = np.arange(max(int(column_parts.max(initial=0)), int(meets.max(initial=0))) + 2)
         return cls(
@@ -80,16 +101,17 @@ class Parts:
             meets=meets,
             extra=extra,
             seed=seed,
+            task_rows=min(TASK_ROWS, max(LEAST_TASK_ROWS, TASK_CANDIDATES // keep)),
         )
 
     @property
     def tasks(self) -> int:
-        return -(-len(self.row_order) // TASK_ROWS)
+        return -(-len(self.row_order) // self.task_rows)
 
     def blocks(self, task: int) -> Iterator[tuple[Ints, Ints | slice]]:
         """The task's rows, part by part: parts are not cut, so a task has those that start among its rows."""
         starts = self.row_starts[:-1]
-        first, last = np.searchsorted(starts, [task * TASK_ROWS, (task + 1) * TASK_ROWS])
+        first, last = np.searchsorted(starts, [task * self.task_rows, (task + 1) * self.task_rows])
         for part in range(first, last):
             rows = self.row_order[self.row_starts[part] : self.row_starts[part + 1]]
             for start in range(0, len(rows), BLOCK_ROWS):

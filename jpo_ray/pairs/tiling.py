@@ -81,6 +81,8 @@ class Spool:
         """Append rows, each to its tile."""
         if not len(tiles):
             return
+        # Of small numbers a stable sort is a radix sort, several times as fast.
+        tiles = tiles.astype(np.uint16) if tiles.max() < 2**16 else tiles
         order = np.argsort(tiles, kind="stable")
         rows = np.empty(len(tiles), dtype=self._dtype)
         for name in self._dtype.names or ():

@@ -67,6 +67,23 @@ def test_parts_meet_those_that_are_listed_and_columns_at_random() -> None:
     assert len(of_part[0] & of_part[1]) < 25  # another sample for each part
 
 
+def test_long_lists_come_from_tasks_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 rows in 8 parts, 8 at a time where 5 candidates of each are kept and a task may give 40: in row order."""
+    monkeypatch.setattr(plans, "TASK_CANDIDATES", 40)
+    monkeypatch.setattr(plans, "LEAST_TASK_ROWS", 4)
+    rows, vectors = side(64), unit_vectors(64)
+    parts = random_groups(rows.keys, 8, seed=3)
+    whole, few, fewer = (
+        Parts.of(np.arange(64), parts, parts, np.arange(8)[:, None], 0, seed=0, keep=keep) for keep in (1, 5, 100)
+    )
+    assert [plan.tasks for plan in (whole, few, fewer)] == [4, 8, 16]
+    found = run(few, rows, rows, vectors)
+    assert [len(set(part.row.tolist())) for part in found] == [8] * 8
+    assert all((np.diff(part.row) >= 0).all() for part in [*found, *run(whole, rows, rows, vectors)])
+    for plan in (few, fewer):
+        assert pairs(run(plan, rows, rows, vectors)) == pairs(run(whole, rows, rows, vectors))
+
+
 def test_clusters_hold_what_is_near() -> None:
     vectors = clustered_vectors(2000, 12, seed=3, spread=0.5)
     found = cluster(vectors, 40, seed=0)
