@@ -3,12 +3,13 @@
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jpo_ray.cluster.judge_actors import SURVIVES, awaited, on_actors, too_long
 from jpo_ray.cluster.resources import as_options, await_resources, on_this_node, task_resources
 from jpo_ray.cluster.sampling import engine_bundle, engine_env, require_vllm, split_over
 from jpo_ray.cluster.session import Cluster
@@ -21,12 +22,6 @@ from jpo_ray.feedback.endpoint import TOP_LOGPROBS, Service, opened, share_of_a
 from jpo_ray.feedback.language_model import API_KEY, Bill, checked_key, language_model
 from jpo_ray.feedback.meter import Meter, MeterLimits, Prices
 from jpo_ray.feedback.prompts import Messages, load_prompts
-
-TIMEOUT = "cluster.actor_timeout_s"  # what the waits below are called in the config
-BEAT_S = 2.0  # between an actor's sign of life and the next question for one
-CLOSE_S = 30.0  # for engines to end by themselves
-# An actor that dies is started again, and what it was asked is asked again.
-SURVIVES = {"max_restarts": 3, "max_task_retries": 3}
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ def _engines(cluster: Cluster, model: LocalModel, parts: int) -> Model:
         )
         return [actor.remote(model, parts, config.gpus_per_worker > 0) for _ in range(config.num_actors)]
 
-    return _on_actors(cluster, start, cluster.config.actor_timeout_s)
+    return on_actors(cluster, start, cluster.config.actor_timeout_s)
 
 
 def spread_endpoint(cluster: Cluster, actors: int, service: Service, limits: MeterLimits) -> tuple[Model, Bill]:
@@ -93,7 +88,7 @@ def spread_endpoint(cluster: Cluster, actors: int, service: Service, limits: Met
         return [actor.remote(service, meter.actor(), cluster.config.actor_timeout_s) for _ in range(actors)]
 
     # A rate limit may hold an answer back for hours; each request has `judge.timeout_s`.
-    return _on_actors(cluster, start, None), meter.bill
+    return on_actors(cluster, start, None), meter.bill
 
 
 class RemoteMeter:
@@ -118,7 +113,7 @@ class RemoteMeter:
                 self.actor().bill.remote(tokens, cost), timeout=timeout_s
             )
         except TimeoutError:
-            raise _too_long(self._cluster.stage, timeout_s, "the meter of requests") from None
+            raise too_long(self._cluster.stage, timeout_s, "the meter of requests") from None
         return found
 
 
@@ -139,7 +134,7 @@ class _MeterHandle:
         await self._answer(self._actor.hold.remote(seconds))
 
     async def _answer(self, reference: Any) -> Any:
-        return await _awaited("judge", self._timeout_s, reference, "the meter of requests")
+        return await awaited("judge", self._timeout_s, reference, "the meter of requests")
 
 
 class EndpointJudge:
@@ -256,79 +251,3 @@ def _token(chosen: int, alternatives: dict[int, Any]) -> dict[str, Any]:
     """A position in the form of OpenAI's log-probs."""
     named = [{"token": entry.decoded_token or "", "logprob": entry.logprob} for entry in alternatives.values()]
     return {"token": alternatives[chosen].decoded_token or "", "top_logprobs": named}
-
-
-def _on_actors(cluster: Cluster, start: Callable[[Any], Sequence[Any]], timeout_s: float | None) -> Model:
-    """Prompts go to the actors in turn. They start when the first is asked, and live until the command ends.
-
-    Raises `TimeoutError` where an answer takes longer than `timeout_s` (None: as long as it takes), or an actor gives
-    no sign of life for `cluster.actor_timeout_s`.
-    """
-    actors: list[Any] = []
-    stage, alive_s = cluster.stage, cluster.config.actor_timeout_s
-
-    async def lives(actor: Any) -> None:
-        """Until the actor hangs: Ray starts a dead one again, but waits for ever for one that is stopped."""
-        while True:
-            await _awaited(stage, alive_s, actor.ready.remote(), "a sign of life of a judge's actor")
-            await asyncio.sleep(BEAT_S)
-
-    @asynccontextmanager
-    async def model() -> AsyncIterator[AskOne]:
-        if not actors:
-            actors.extend(start(cluster.ray()))
-            cluster.stack.callback(_stop, cluster.ray(), actors)
-            starting = [_awaited(stage, alive_s, actor.ready.remote(), "a judge's actor to start") for actor in actors]
-            for wrong in await asyncio.gather(*starting):
-                if wrong:
-                    raise InputError(f"judge: {wrong}")
-        watches = [asyncio.create_task(lives(actor)) for actor in actors]
-        turns = itertools.cycle(zip(actors, watches, strict=True))
-
-        async def ask(messages: Messages) -> Outcome:
-            actor, watch = next(turns)
-            answer = asyncio.create_task(_awaited(stage, timeout_s, actor.ask.remote(messages), "an answer"))
-            await asyncio.wait({answer, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                answer.cancel()
-                watch.result()
-            outcome: Outcome = await answer
-            return outcome
-
-        try:
-            yield ask
-        finally:
-            for watch in watches:
-                watch.cancel()
-            await asyncio.gather(*watches, return_exceptions=True)
-
-    return model
-
-
-async def _awaited(stage: str, timeout_s: float | None, reference: Any, what: str) -> Any:
-    """What `reference` becomes. Raises an error of one line where that takes longer, or the actor has died for good."""
-    from ray.exceptions import RayActorError, RayTaskError
-
-    try:
-        return await asyncio.wait_for(reference, timeout_s)
-    except RayTaskError as error:
-        if isinstance(error.cause, TimeoutError):  # in the actor, which said so in one line
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise RuntimeError(
-            f"{stage}: waited for {what}, but the actor has died and is not started again; Ray's logs tell why"
-        ) from error
-    except TimeoutError:
-        raise _too_long(stage, timeout_s, what) from None
-
-
-def _too_long(stage: str, timeout_s: float | None, what: str) -> TimeoutError:
-    return TimeoutError(f"{stage}: waited {timeout_s:g} s ({TIMEOUT}) for {what}: it hangs, or the cluster is busy")
-
-
-def _stop(ray: Any, actors: Sequence[Any]) -> None:
-    """Let engines end their own processes, then end the actors."""
-    ray.wait([actor.close.remote() for actor in actors], num_returns=len(actors), timeout=CLOSE_S)
-    for actor in actors:
-        ray.kill(actor)
