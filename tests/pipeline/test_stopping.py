@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM at every kind of work: all of it ends within seconds, and the same command goes on."""
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from jpo_ray import records
 from jpo_ray.cli import main
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -131,6 +133,53 @@ def test_it_stops_within_seconds_and_leaves_no_process(moment: str, config: str,
     )
     assert [" ".join(child.cmdline()) for child in left] == []
     assert took < 20
+
+
+KILLED: dict[str, Callable[[Path, Below], bool]] = {
+    "pairs": named("MapWorker"), "train": a_checkpoint, "sample": an_answer
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", KILLED)
+def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(
+    stage: str, config: str, before: Path, tmp_path: Path
+) -> None:
+    """SIGKILL of the command alone, as the out-of-memory killer sends it; what was committed stays as it is."""
+    folder = shutil.copytree(before, tmp_path / "copy")
+    if stage == "pairs":
+        for name in ("cache", "run/embeddings", "run/pairs", "run/judge"):
+            shutil.rmtree(folder / name)
+    overrides = ("sample.engine=transformers",) if stage == "sample" else ()
+    with start(stage, config, folder, *overrides) as process:
+        deadline = time.monotonic() + 300
+        while not KILLED[stage](folder, processes := below(process)):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        began = time.monotonic()
+        process.kill()
+        process.communicate()
+    _, left = psutil.wait_procs([child for child, _ in processes], timeout=90)
+    LOG.info("driver killed in %s: its %d processes gone after %.1f s", stage, len(processes), time.monotonic() - began)
+    assert [" ".join(child.cmdline()) for child in left] == []
+    stood = {path: path.stat().st_mtime_ns for path in folder.glob("run/**/manifest.json")}
+    kept = answers(folder) if stage == "sample" else []
+    with start(stage, config, folder, *overrides) as again:
+        _, said = again.communicate(timeout=600)
+    assert again.returncode == 0, said
+    assert {path: path.stat().st_mtime_ns for path in stood} == stood
+    made = "train/jpo" if stage == "train" else stage
+    assert (folder / "run" / made / "manifest.json").exists()
+    if stage == "sample":
+        assert len(kept) > 0
+        table = records.read_table(folder / "run" / "sample" / "samples.parquet", records.SAMPLES).to_pylist()
+        found = {(row["instruction_id"], row["temperature"]): row["response"] for row in table}
+        assert all(found[row["instruction_id"], row["temperature"]] == row["response"] for row in kept)
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    (path,) = folder.glob("run/.building/sample-*/answered.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 @pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
