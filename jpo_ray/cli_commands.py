@@ -110,18 +110,23 @@ def _alpaca_eval(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from jpo_ray.config_file import load_config
+    from jpo_ray.config_experiment import load_runs
     from jpo_ray.pipeline.plan import make_plan
     from jpo_ray.planning.show import plan_lines
 
-    config = load_config(arguments.config, arguments.overrides)
-    plan = make_plan(config, run_root(arguments.run_dir) if arguments.run_dir else None)
+    run_dir = run_root(arguments.run_dir) if arguments.run_dir else None
+    runs = load_runs(arguments.config, arguments.overrides)
+    plans = {name: make_plan(config, run_dir) for name, config in runs.items()}
+    one = next(iter(plans.values())) if len(plans) == 1 else None
     if arguments.json:
         import json
 
-        text = json.dumps(plan.as_dict(), indent=2)
+        text = json.dumps(one.as_dict() if one else {name: plan.as_dict() for name, plan in plans.items()}, indent=2)
+    elif one:
+        text = "\n".join(plan_lines(one, str(arguments.config)))
     else:
-        text = "\n".join(plan_lines(plan, str(arguments.config)))
+        parts = ("\n".join(plan_lines(plan, f"{arguments.config}, run {name}")) for name, plan in plans.items())
+        text = "\n\n\n".join([*parts, f"{len(plans)} runs: what they have in common is made once, and counted in each"])
     try:
         print(text, flush=True)
     except BrokenPipeError:  # whoever reads has read enough, as `head` has

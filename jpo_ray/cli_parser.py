@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_analyze(analyze)
     plan = commands.add_parser("plan", help="what a run will take, and what is missing for it; nothing is downloaded")
-    plan.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
+    plan.add_argument("--config", type=Path, required=True, help="YAML file; see configs/ and configs/experiments/")
     plan.add_argument("--run-dir", type=location, help="where it would go, for its free space")
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.add_argument(

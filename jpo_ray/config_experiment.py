@@ -18,7 +18,15 @@ from pydantic import Field
 
 from jpo_ray.config import RunConfig
 from jpo_ray.config_base import NonNegative, Section
-from jpo_ray.config_file import apply_override, parse_config, read_yaml, set_key, validated
+from jpo_ray.config_file import (
+    apply_override,
+    is_experiment,
+    load_config,
+    parse_config,
+    read_yaml,
+    set_key,
+    validated,
+)
 from jpo_ray.errors import InputError
 
 SEED = "seed"  # keys that end so are repetitions: they are averaged over
@@ -56,6 +64,13 @@ class Experiment:
     config: ExperimentConfig
     runs: list[Run]
     names: dict[str, str]  # of the grid's keys, as they are shown
+
+
+def load_runs(path: Path, overrides: list[str]) -> dict[str, RunConfig]:
+    """The runs of an experiment, by name, or the one of a config. Raises `InputError`."""
+    if is_experiment(read_yaml(path, "--config")):
+        return {run.name: run.config for run in load_experiment(path, overrides).runs}
+    return {"run": load_config(path, overrides)}
 
 
 def load_experiment(path: Path, overrides: list[str]) -> Experiment:

@@ -28,9 +28,18 @@ Read = TypeVar("Read", bound=Section)
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML config and apply `section.key=value` overrides. Raises `InputError` naming the file and key."""
     values = read_yaml(path, "--config")
+    if is_experiment(values):
+        raise InputError(
+            f"{path}: is an experiment: `jpo scale --experiment` carries it out, `jpo plan --config` says what it takes"
+        )
     for override in overrides or []:
         apply_override(values, override)
     return parse_config(values, str(path))
+
+
+def is_experiment(values: dict[str, Any]) -> bool:
+    """Whether a file is one of `config_experiment.py`, of several runs or trainings."""
+    return {"base", "grid"} <= values.keys()
 
 
 def read_yaml(path: Path, option: str) -> dict[str, Any]:

@@ -96,7 +96,10 @@ def _stages(plan: Plan) -> Iterator[str]:
     known = [seconds for seconds in timed if seconds is not None]
     together = duration(sum(known)) if len(known) == len(timed) else "?"
     yield f"together {together}; judging, embedding and starting engines come on top"
-    disk = [f"about {plan.run_dir_gib:.3g} GiB for the run directory"] if plan.run_dir_gib else []
+    whole = plan.run_dir_gib is not None and plan.run_dir_gib >= 1000
+    disk = (
+        [f"about {plan.run_dir_gib:{',.0f' if whole else '.3g'}} GiB for the run directory"] if plan.run_dir_gib else []
+    )
     disk += [f"{plan.hub_gib:.3g} GiB of models to download"] if plan.hub_gib else []
     if disk:
         yield f"disk: {', '.join(disk)}"
