@@ -11,7 +11,7 @@ STAGE_HELP = {
     "pairs": "embed instructions and choose which items to compare",
     "judge": "compare each pair, in both orders; decisive verdicts become preferences",
     "sft": "fine-tune the base model on one response per instruction",
-    "reference": "log-probs of every item under the SFT model, cached across runs",
+    "reference": "log-probs under the SFT model of every item that trainings read, cached across runs",
     "train": "train every entry of `train`: jpo, dpo, kto or another objective",
     "sample": "generate responses to test instructions",
     "evaluate": "win rates of the samples against the gold responses",

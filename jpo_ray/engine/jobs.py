@@ -16,9 +16,10 @@ from jpo_ray.config import BaseModelConfig, OptimizerConfig, SFTConfig, TrainCon
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.adapters import record_base
 from jpo_ray.engine.checkpoints import agreed_checkpoint
-from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData, edge_list, joined, mismatched_rows
+from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData, mismatched_rows
 from jpo_ray.engine.loop import Progress, train
 from jpo_ray.engine.model import DTYPES, load_model, load_policy, load_tokenizer, weights_hash
+from jpo_ray.engine.reading import items_read, read_edges
 from jpo_ray.engine.scoring import Scorer, make_scorer
 from jpo_ray.engine.sharding import shard
 from jpo_ray.engine.tasks import check_margins, preference_task, sft_task
@@ -135,9 +136,10 @@ def load_preferences(
     if "reference" in config.reads:
         assert inputs.reference is not None
         table = records.read_table(inputs.reference / "reference.parquet", records.REFERENCE)
-        partners = _partners(table, row_of, config) if "mismatched" in config.reads else {}
+        partners = _partners(table, row_of) if "mismatched" in config.reads else {}
         scored = rows + mismatched_rows(rows, partners, {row["item_id"]: row for row in items})
         reference = _reference_of(table, rows, partners)
+        _require_reference(reference, rows, partners, files, config)
     return PreferenceData(
         tokens=_tokenize(tokenizer, model, scored),
         reference=reference,
@@ -147,35 +149,6 @@ def load_preferences(
         embeddings=_embeddings_of(inputs, rows) if "embedding" in config.reads else None,
         item_ids=list(row_of),
     )
-
-
-def read_edges(files: Sequence[Path], ids: pa.Array, config: TrainConfig) -> tuple[EdgeShards, EdgeList]:
-    """Training and validation edges of the entry's protocols; `ids` are the items' ids, by row."""
-    return _train_edges(files, ids, config), _validation_edges(files, ids, config)
-
-
-def _train_edges(files: Sequence[Path], ids: pa.Array, config: TrainConfig) -> EdgeShards:
-    """The shards with training edges of the entry's protocols."""
-    sizes = {file: _edges_in(file, "train", config) for file in files}
-    holding = [file for file, size in sizes.items() if size]
-
-    def load(number: int) -> EdgeList:
-        return edge_list(shards.read_shard(holding[number], records.PREFERENCES), ids, "train", config.protocols)
-
-    return EdgeShards([sizes[file] for file in holding], load)
-
-
-def _validation_edges(files: Sequence[Path], ids: pa.Array, config: TrainConfig) -> EdgeList:
-    """Those of all shards together: they are scored in one pass."""
-    tables = [
-        shards.read_shard(file, records.PREFERENCES) for file in files if _edges_in(file, "validation", config)
-    ] or [records.PREFERENCES.empty_table()]
-    return joined([edge_list(table, ids, "validation", config.protocols) for table in tables])
-
-
-def _edges_in(file: Path, split: str, config: TrainConfig) -> int:
-    kinds = shards.kinds_of(file)
-    return sum(kinds[split, protocol] for protocol in config.protocols)
 
 
 def _require_gaps(config: TrainConfig, train: EdgeShards, validation: EdgeList) -> None:
@@ -199,27 +172,42 @@ def _embeddings_of(inputs: PreferenceInputs, rows: Sequence[dict[str, Any]]) -> 
     return vectors[[place[row["instruction_id"]] for row in rows]]
 
 
-def _partners(reference: pa.Table, used: Mapping[str, int], config: TrainConfig) -> dict[str, str]:
-    """The items whose responses stand with the other items' instructions. Raises `InputError` where one has none."""
+def _partners(reference: pa.Table, used: Mapping[str, int]) -> dict[str, str]:
+    """The items whose responses stand with the other items' instructions; one without any has itself."""
     pairs = zip(reference["item_id"].to_pylist(), reference["response_of"].to_pylist(), strict=True)
     partners = {item: response_of for item, response_of in pairs if item != response_of}
-    if not used.keys() <= partners.keys():
-        raise InputError(
-            f"train.{config.name}: kto compares with responses to other instructions and the reference has none; give "
-            "data with more than one instruction and run `jpo reference` again"
-        )
-    return partners
+    return {item: partners.get(item, item) for item in used}
 
 
 def _reference_of(reference: pa.Table, rows: Sequence[dict[str, Any]], partners: dict[str, str]) -> Any:
+    """float64[rows, 2] of the items and of the mismatched ones; NaN where the reference has none."""
     names = ("item_id", "response_of", "instruction_logprob", "response_logprob")
     columns = (reference[name].to_pylist() for name in names)
     found = {(item, source): (i, r) for item, source, i, r in zip(*columns, strict=True)}
     wanted = [(row["item_id"], row["item_id"]) for row in rows]
     wanted += [(row["item_id"], partners[row["item_id"]]) for row in rows if row["item_id"] in partners]
-    if missing := sum(key not in found for key in wanted):
-        raise InputError(f"the reference lacks {missing} of {len(wanted)} items; run `jpo reference` again")
-    return np.array([found[key] for key in wanted], dtype=np.float64).reshape(-1, 2)
+    return np.array([found.get(key, (np.nan, np.nan)) for key in wanted], dtype=np.float64).reshape(-1, 2)
+
+
+def _require_reference(
+    reference: Any, rows: Sequence[dict[str, Any]], partners: dict[str, str], files: Sequence[Path], config: TrainConfig
+) -> None:
+    """Raise `InputError` where an item lacks what the reference says of it. Of items that the entry does not read the
+    reference need not say anything.
+    """
+    ids = [row["item_id"] for row in rows]
+    unscored = np.isnan(reference[: len(rows), 1])
+    alone = np.array([partners.get(item) == item for item in ids], dtype=bool)
+    if not (unscored | alone).any():
+        return
+    read = items_read(files, pa.array(ids, pa.string()), [config])
+    if missing := int((unscored & read).sum()):
+        raise InputError(f"the reference lacks {missing} of {int(read.sum())} items; run `jpo reference` again")
+    if (alone & read).any():
+        raise InputError(
+            f"train.{config.name}: kto compares with responses to other instructions and the reference has none; give "
+            "data with more than one instruction and run `jpo reference` again"
+        )
 
 
 def _tokenize(tokenizer: Any, model: BaseModelConfig, rows: Sequence[dict[str, Any]]) -> TokenizedItems:

@@ -4,7 +4,7 @@ The batches themselves are cut in `batches.py`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +15,8 @@ from jpo_ray.config import TrainConfig
 from jpo_ray.engine import batches
 from jpo_ray.engine.batches import Schedule
 from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData
-from jpo_ray.engine.step import Rows
+
+Rows = batches.Ints  # numbers of items, or of edges
 
 
 def training_edges(data: PreferenceData, config: TrainConfig, seed: int) -> EdgeShards:
@@ -23,7 +24,14 @@ def training_edges(data: PreferenceData, config: TrainConfig, seed: int) -> Edge
 
     Of objectives that join lists, as many whole lists as fit in it, and one at least. Every shard gives its share.
     """
-    edges, limit = data.train, config.max_train_comparisons
+    return some_edges(data.train, config, seed, partial(lists_of, data) if config.joins == "lists" else None)
+
+
+def some_edges(
+    edges: EdgeShards, config: TrainConfig, seed: int, of_lists: Callable[[EdgeList], Rows] | None = None
+) -> EdgeShards:
+    """The same of `edges`, where `of_lists` says which list each belongs to, for objectives that join them."""
+    limit = config.max_train_comparisons
     if limit is None or limit >= edges.count:
         return edges
     numbers, quota = _shares(edges.sizes, limit)
@@ -32,9 +40,9 @@ def training_edges(data: PreferenceData, config: TrainConfig, seed: int) -> Edge
     def load(place: int) -> EdgeList:
         rng = np.random.default_rng(order_of[place])
         whole = edges[numbers[place]]
-        return whole.take(_subset(data, whole, quota[place], rng, lists=config.joins == "lists"))
+        return whole.take(_subset(whole, quota[place], rng, of_lists))
 
-    if config.joins != "lists":
+    if of_lists is None:
         return EdgeShards(quota, load)
     return EdgeShards([len(load(place)) for place in range(len(numbers))], load)
 
@@ -58,10 +66,10 @@ def _shares(sizes: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
     return numbers.tolist(), quota[numbers].tolist()
 
 
-def _subset(data: PreferenceData, edges: EdgeList, limit: int, rng: np.random.Generator, *, lists: bool) -> Rows:
-    if not lists:
+def _subset(edges: EdgeList, limit: int, rng: np.random.Generator, of_lists: Callable[[EdgeList], Rows] | None) -> Rows:
+    if of_lists is None:
         return rng.permutation(len(edges))[:limit]
-    _, list_of, sizes = np.unique(lists_of(data, edges), return_inverse=True, return_counts=True)
+    _, list_of, sizes = np.unique(of_lists(edges), return_inverse=True, return_counts=True)
     order = rng.permutation(len(sizes))
     fitting = max(1, int((np.cumsum(sizes[order]) <= limit).sum()))
     return np.flatnonzero(np.isin(list_of, order[:fitting]))

@@ -85,7 +85,7 @@ def check_margins(scorer: Scorer, data: PreferenceData, config: TrainConfig, dty
     """Refuse a stale cache: before the first update the policy's log-probs are the reference's (nats per token)."""
     assert data.reference is not None
     scorer.model.eval()  # a model's own dropout would look like another model
-    some = data.train[0]
+    some = training_edges(data, config, config.seed or 0)[0]  # of others the reference may know nothing
     rows = batch_rows(data, some.take(np.arange(min(len(some), config.comparisons_per_step))), config)
     fresh = score_all(scorer, data.tokens, rows, max_tokens=config.max_micro_batch_tokens)
     return check_reference(fresh.cpu().numpy(), data.reference[rows], data.tokens.lengths[rows], dtype)

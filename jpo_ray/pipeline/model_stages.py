@@ -1,8 +1,11 @@
 """The stages that make models: sft, reference, train."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from jpo_ray import records, shards
@@ -56,38 +59,59 @@ def sft_specs(context: Context) -> list[Spec]:
 
 def reference_specs(context: Context) -> list[Spec]:
     """Nothing where no objective compares with the reference and nobody else asks for it; rounds have their own."""
+    from jpo_ray.engine.reading import readers
+
     if context.config.rounds is not None:
         return []
-    train, evaluate = context.config.train, context.config.evaluate
-    if not any("reference" in entry.reads for entry in train) and not (evaluate and evaluate.policies):
+    evaluate = context.config.evaluate
+    entries = [_seeded(context, entry) for entry in context.config.train if "reference" in entry.reads]
+    if not entries and not (evaluate and evaluate.policies):
         return []
-    inputs = {"items": context.standing("items", "items").fingerprint, "sft": sft_model(context)[1]}
-    mismatched = any("mismatched" in entry.reads for entry in train)
+    inputs = {name: context.standing(name, name).fingerprint for name in ("items", "judge")}
+    inputs["sft"] = sft_model(context)[1]
+    matching = [entry for entry in entries if "mismatched" in entry.reads]
     slice_ = {
         "model": _model_slice(context),
-        "mismatched": mismatched,
-        "seed": context.config.seed if mismatched else 0,
+        "read": list(readers(entries)),
+        "mismatched": list(readers(matching)),
+        **(_partners_slice(context) if matching else {}),
     }
-    if limit := context.config.pairs.max_item_characters:  # without one, artifacts made before stay what they are
-        slice_["max_item_characters"] = limit
-    return [Spec("reference", "reference", inputs, slice_, lambda out: _reference(context, out, mismatched))]
+    return [Spec("reference", "reference", inputs, slice_, lambda out: _reference(context, out, entries, matching))]
 
 
-def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
+def _seeded(context: Context, entry: TrainConfig) -> TrainConfig:
+    return entry.model_copy(update={"seed": context.seed(entry.seed)})
+
+
+def _partners_slice(context: Context) -> dict[str, Any]:
+    """What decides, besides the items, whose responses mismatched items have."""
+    limit = context.config.pairs.max_item_characters
+    layout = _model_slice(context) if limit else {}
+    return {"seed": context.config.seed, "max_item_characters": limit, "layout": layout}
+
+
+def _reference(
+    context: Context, out: Path, entries: Sequence[TrainConfig], matching: Sequence[TrainConfig]
+) -> dict[str, Any]:
+    """Score what the entries read; of `matching` ones the mismatched items too."""
     from jpo_ray.cache import cache_folder
     from jpo_ray.cluster.reference import reference_scores
     from jpo_ray.engine.jobs import layout_of
     from jpo_ray.engine.model import load_tokenizer, weights_hash
+    from jpo_ray.engine.reading import items_read
     from jpo_ray.engine.reference import reference_key
 
     model, cache = context.config.model, cache_folder()
     folder = sft_model(context)[0]
     table = records.read_table(context.path("items") / "items.parquet", records.ITEMS)
-    limit = context.config.pairs.max_item_characters
-    table = short_items(table, limit, model)  # longer ones are compared with nothing
-    if not len(table):
-        raise InputError(f"pairs.max_item_characters: no item has at most {limit}, so there is nothing to compare")
-    rows, sources = reference_rows(table, context.config.seed, mismatched=mismatched)
+    table = short_items(table, context.config.pairs.max_item_characters, model)  # longer ones are compared with nothing
+    files = shards.files_of(context.path("judge") / "preferences.parquet")
+    ids = table["item_id"].combine_chunks()
+    read = items_read(files, ids, entries)
+    matched = items_read(files, ids, matching) if matching else np.zeros_like(read)
+    rows, sources = reference_rows(table, context.config.seed, read, matched)
+    if not rows:
+        raise InputError("reference: no decisive preferences to train on; check pairs, judge and train.protocols")
     tokenizer = load_tokenizer(folder)
     layout = layout_of(model)
     tokens = tokenize(tokenizer, layout, [row["instruction"] for row in rows], [row["response"] for row in rows])
@@ -128,30 +152,39 @@ def _reference(context: Context, out: Path, mismatched: bool) -> dict[str, Any]:
     ]
     records.write_table(out / "reference.parquet", scored_rows, records.REFERENCE)
     return {
-        "items": len(rows) // (2 if mismatched else 1),
+        "items": int(read.sum()),
+        "mismatched items": int(matched.sum()),
         "scored now": scored,
         "truncated": tokens.truncated,
         "tokens": int(tokens.lengths.sum()),
     }
 
 
-def reference_rows(items: pa.Table, seed: int, *, mismatched: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows that the reference scores (for KTO also each instruction with another one's response), and the ids of the
-    items whose responses they have. Fine-tuning's own items are compared with nothing, so they are not scored.
+def reference_rows(
+    items: pa.Table, seed: int, read: npt.NDArray[np.bool_], matched: npt.NDArray[np.bool_]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows that the reference scores: the items that are `read`, then each of the `matched` ones' instruction with the
+    response of an item of another one (for KTO); and the ids of the items whose responses they have.
     """
-    from jpo_ray.engine.dataset import mismatched_partners, mismatched_rows
+    from jpo_ray.engine.dataset import mismatched_rows
 
-    rows = [row for row in items.to_pylist() if row["split"] != "sft"]
-    sources = [row["item_id"] for row in rows]
-    if not mismatched:
-        return rows, sources
+    every = items.to_pylist()
+    rows, twins = ([row for row, wanted in zip(every, some, strict=True) if wanted] for some in (read, matched))
+    partners = _partners(every, seed) if twins else {}
+    sources = [row["item_id"] for row in rows] + [partners[row["item_id"]] for row in twins]
+    return rows + mismatched_rows(twins, partners, {row["item_id"]: row for row in every}), sources
+
+
+def _partners(items: Sequence[dict[str, Any]], seed: int) -> dict[str, str]:
+    """Of each item the one whose response stands with its instruction."""
+    from jpo_ray.engine.dataset import mismatched_partners
+
     partners: dict[str, str] = {}
-    for split in records.SPLITS:  # a test response must not enter training, not even in the reference point
-        here = [row for row in rows if row["split"] == split]
+    for split in ("train", "validation"):  # no response of one enters the other, not even in the reference point
+        here = [row for row in items if row["split"] == split]
         order = mismatched_partners([row["instruction_id"] for row in here], seed)
         partners |= {row["item_id"]: here[other]["item_id"] for row, other in zip(here, order, strict=True)}
-    sources += [partners[item] for item in sources]
-    return rows + mismatched_rows(rows, partners, {row["item_id"]: row for row in rows}), sources
+    return partners
 
 
 def train_specs(context: Context) -> list[Spec]:
@@ -163,13 +196,12 @@ def train_specs(context: Context) -> list[Spec]:
 
 
 def _train_spec(context: Context, entry: TrainConfig) -> Spec:
-    seeded = entry.model_copy(update={"seed": context.seed(entry.seed)})
+    seeded = _seeded(context, entry)
     inputs = {name: context.standing(name, name).fingerprint for name in ("items", "judge")}
     inputs["sft"] = sft_model(context)[1]
     compares = "reference" in entry.reads
-    reference = context.standing("reference", "reference").fingerprint if compares else ""
-    if "mismatched" in entry.reads:  # of the others, the reference of items is a function of items and SFT model
-        inputs["reference"] = reference
+    if compares:  # which is a function of items and SFT model, so it is no input
+        context.standing("reference", "reference")
     embeds = "embedding" in entry.reads
     if embeds:
         inputs["embeddings"] = context.standing("embeddings", "pairs").fingerprint
@@ -213,6 +245,8 @@ def _train_spec(context: Context, entry: TrainConfig) -> Spec:
         "steps_like": like.model_dump() if like else None,
         "model": _model_slice(context),
     }
+    if "mismatched" in entry.reads:
+        slice_["mismatched"] = _partners_slice(context)
     return Spec(f"train/{entry.name}", "train", inputs, slice_, make, keep_partial=True)
 
 

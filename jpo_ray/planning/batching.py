@@ -1,11 +1,13 @@
-"""How many items a training step scores for its comparisons: tried on a random graph of the same shape."""
+"""How many items training steps and the reference score for comparisons: tried on a random graph of the same shape."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jpo_ray.config import JointPairs, TrainConfig
 from jpo_ray.engine import batches
+from jpo_ray.engine.reading import readers
 
 EDGES = 4_000  # of the graph that is tried; sharing depends on comparisons per item, not on how many there are
 
@@ -23,12 +25,8 @@ def shared_items(entry: TrainConfig, instructions: int, conditional: int, joint:
     edges = conditional + joint
     if not edges or not instructions:
         return Shared(0.0, 0.0)
-    scale = min(1.0, EDGES / edges)
-    count = max(2, round(instructions * scale), round(conditional * scale))
-    rng = np.random.default_rng(0)
-    own = rng.permutation(count)[: round(conditional * scale)]
-    first, second = _joint_ends(rng, count, round(joint * scale), how)
-    chosen, rejected = np.concatenate([2 * own, first]), np.concatenate([2 * own + 1, second])
+    ends = _graph(instructions, conditional, joint, how)
+    chosen, rejected = (np.concatenate(side) for side in zip(*ends.values(), strict=True))
     make = batches.pairs if entry.batching == "pairs" or entry.joins == "lists" else batches.graph
     items = prompts = 0
     for batch in make(chosen, rejected, batches.Limits(entry.comparisons_per_step), 0, 0):
@@ -36,6 +34,36 @@ def shared_items(entry: TrainConfig, instructions: int, conditional: int, joint:
         items += len(members)
         prompts += len(np.unique(members // 2))
     return Shared(items / len(chosen), prompts / len(chosen))
+
+
+def read_items(
+    entries: Sequence[TrainConfig], instructions: int, conditional: int, joint: int, how: JointPairs | None
+) -> int:
+    """Distinct items in what the entries read of so many comparisons; of the same graph."""
+    edges = conditional + joint
+    if not edges or not instructions:
+        return 0
+    ends = _graph(instructions, conditional, joint, how)
+    scale = min(1.0, EDGES / edges)
+    found: set[int] = set()
+    for number, entry in enumerate(readers(entries).values()):
+        first, second = (np.concatenate(side) for side in zip(*(ends[of] for of in entry.protocols), strict=True))
+        drawn = np.arange(len(first))
+        if entry.max_train_comparisons:
+            drawn = np.random.default_rng(number).permutation(drawn)[: round(entry.max_train_comparisons * scale)]
+        found |= {*first[drawn].tolist(), *second[drawn].tolist()}
+    return round(len(found) / scale)
+
+
+def _graph(
+    instructions: int, conditional: int, joint: int, how: JointPairs | None
+) -> Mapping[str, tuple[batches.Ints, batches.Ints]]:
+    """Ends of comparisons by protocol, of `EDGES` at most; items are `2 * instruction` and `2 * instruction + 1`."""
+    scale = min(1.0, EDGES / (conditional + joint))
+    count = max(2, round(instructions * scale), round(conditional * scale))
+    rng = np.random.default_rng(0)
+    own = rng.permutation(count)[: round(conditional * scale)]
+    return {"conditional": (2 * own, 2 * own + 1), "joint": _joint_ends(rng, count, round(joint * scale), how)}
 
 
 def _joint_ends(

@@ -1,12 +1,12 @@
 """What each stage that runs a model takes: items, tokens, steps, memory of a worker, time at a stated speed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jpo_ray.config import RunConfig, SampleConfig, TrainConfig
 from jpo_ray.engine.batches import total_steps
-from jpo_ray.planning.batching import Shared, shared_items
+from jpo_ray.planning.batching import Shared, read_items, shared_items
 from jpo_ray.planning.counts import Counts, total
 from jpo_ray.planning.lengths import Number, product, whole
 from jpo_ray.planning.memory import reference_gib, sampling_gib, training_gib
@@ -78,15 +78,34 @@ def _sft(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: S
 
 
 def _reference(config: RunConfig, counts: Counts, shapes: ModelShapes | None, speed: Speeds) -> StageCost:
-    both = 2 if any("mismatched" in entry.reads for entry in config.train) else 1
-    tokens = whole(product(counts.tokens.compared, both))
+    comparing = [entry for entry in config.train if "reference" in entry.reads]
+    matching = [entry for entry in comparing if "mismatched" in entry.reads]
+    items = total([_read(config, counts, comparing), _read(config, counts, matching) if matching else 0])
+    tokens = whole(product(counts.tokens.compared, items))
     return StageCost(
         "reference",
-        items=whole(product(total([split.short for split in counts.splits.values()]), both)),
+        items=items,
         tokens=tokens,
         memory_gib=reference_gib(config, shapes) if shapes else None,
         seconds=_seconds(tokens, shapes.multiplied * FORWARD if shapes else None, speed["reference"]),
     )
+
+
+def _read(config: RunConfig, counts: Counts, entries: Sequence[TrainConfig]) -> int | None:
+    """Items in decisive comparisons: of the training ones those that the entries read, of the held-out ones all."""
+    train, held_out, how = counts.splits["train"], counts.splits["validation"], config.pairs.joint
+    conditional, joint = counts.preferences["conditional"], counts.preferences["joint"]
+    if conditional is None or joint is None or train.instructions is None or held_out.instructions is None:
+        return None
+    trained = read_items(entries, train.instructions, conditional, joint, how)
+    own, across = _like(held_out.conditional, conditional, train.conditional), _like(held_out.joint, joint, train.joint)
+    validated = read_items([TrainConfig()], held_out.instructions, own, across, how)
+    return min(trained, train.short or 0) + min(validated, held_out.short or 0)
+
+
+def _like(pairs: int | None, decisive: int, of: int | None) -> int:
+    """Decisive ones of so many pairs, where there are so many of others."""
+    return round((pairs or 0) * min(1.0, decisive / of)) if of else 0
 
 
 def train_comparisons(entry: TrainConfig, counts: Counts) -> int | None:

@@ -26,7 +26,7 @@ class Split:
     conditional: int | None = None  # pairs
     joint: int | None = None
     golds: int | None = None  # instructions with a gold response
-    short: int | None = None  # items that pairs.max_item_characters leaves: those that the reference scores
+    short: int | None = None  # items that pairs.max_item_characters leaves: those that may be compared
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def count_all(
         preferences, origin = _labelled(config, short, labels, splits["train"]), COUNTED
     else:
         preferences, origin = expected_preferences(config, splits["train"])
-    number = total([split.short for split in splits.values()])
-    tokens = count_tokens(config, items, short, counted, tokenizer, number, fine_tuning)
+    tokens = count_tokens(config, items, short, counted, tokenizer, fine_tuning)
     return Counts(splits, fine_tuning, preferences, origin, tokens)
 
 

@@ -23,7 +23,7 @@ class Tokens:
     origin: str
     instruction: Number = None  # of an item in the mean, BOS and template included
     response: Number = None  # EOS included
-    compared: int | None = None  # of all items that the reference scores
+    compared: Number = None  # of an item that may be compared, in the mean
     fine_tuning: int | None = None  # of one epoch of SFT
     instruction_characters: Number = None
     response_characters: Number = None
@@ -49,14 +49,11 @@ def count_tokens(
     short: pa.Table | None,
     counted: set[str],
     tokenizer: PlainTokenizer | None,
-    number: int | None,
     fine_tuning: int | None,
 ) -> Tokens:
-    """Of `number` items that may be compared, and `fine_tuning` ones; `items` hold the splits `counted`, `short` those
-    of them that may be compared.
-    """
+    """`items` hold the splits `counted`, `short` those of them that may be compared; `fine_tuning` is their number."""
     if items is None or short is None or "train" not in counted or "train" not in items["split"].to_pylist():
-        return _stated(config, number, fine_tuning)
+        return _stated(config, fine_tuning)
     here = items.filter(pc.not_equal(items["split"], "sft"))
     instruction, response, how = _means(config, here, tokenizer)
     each = instruction + response
@@ -73,13 +70,13 @@ def count_tokens(
         how,
         instruction,
         response,
-        whole(product(number, each)),
+        each,
         whole(product(fine_tuning, tuned)),
         *(float(pc.mean(pc.utf8_length(here[name])).as_py()) for name in ("instruction", "response")),
     )
 
 
-def _stated(config: RunConfig, number: int | None, fine_tuning: int | None) -> Tokens:
+def _stated(config: RunConfig, fine_tuning: int | None) -> Tokens:
     plan = config.plan
     if plan.instruction_tokens is None or plan.response_tokens is None:
         return Tokens(UNKNOWN, fine_tuning=whole(product(fine_tuning, plan.sft_tokens)))
@@ -88,7 +85,7 @@ def _stated(config: RunConfig, number: int | None, fine_tuning: int | None) -> T
         STATED,
         plan.instruction_tokens,
         plan.response_tokens,
-        whole(product(number, each)),
+        each,
         whole(product(fine_tuning, plan.sft_tokens if config.items.sft else each)),
         plan.instruction_tokens * CHARACTERS_PER_TOKEN,
         plan.response_tokens * CHARACTERS_PER_TOKEN,

@@ -28,7 +28,6 @@ def counts_of_a_round(config: RunConfig, counts: Counts) -> Counts:
         short=whole(product(instructions, responses, short)),
     )
     preferences, origin = expected_preferences(config, train)
-    items = None if train.short is None else train.short + (counts.splits["validation"].short or 0)
     means = counts.tokens
     each = None if means.instruction is None or means.response is None else means.instruction + means.response
     splits = {"train": train, "validation": counts.splits["validation"]}
@@ -37,5 +36,5 @@ def counts_of_a_round(config: RunConfig, counts: Counts) -> Counts:
         splits=splits,
         preferences=preferences,
         preferences_origin=f"{origin}, in each round",
-        tokens=replace(means, compared=whole(product(items, each))),
+        tokens=replace(means, compared=each),
     )

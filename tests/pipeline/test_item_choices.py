@@ -90,7 +90,9 @@ def test_longer_items_are_not_compared(tmp_path: Path, cluster: Cluster) -> None
 
 
 def test_the_reference_scores_what_may_be_compared(tmp_path: Path, cluster: Cluster) -> None:
-    """And the plan counts that. Trainings, of KTO's mismatched items too, find all that they read."""
+    """And the plan counts that. Trainings, of KTO's mismatched items too, find all that they read. An item whose other
+    response is too long is compared with nothing either.
+    """
     rows = [
         {"prompt": word, "chosen": f"good {word}", "rejected": f"bad {word} {'x' * 60 * (word == 'run')}"}
         for word in WORDS
@@ -104,19 +106,61 @@ def test_the_reference_scores_what_may_be_compared(tmp_path: Path, cluster: Clus
     run(limited(90), tmp_path / "run", stages)
     items = {row["item_id"]: row["response"] for row in table(tmp_path / "run", "items/items.parquet", records.ITEMS)}
     scored = table(tmp_path / "run", "reference/reference.parquet", records.REFERENCE)
-    short = {identity for identity, response in items.items() if "xxx" not in response}
+    compared = {identity for identity, response in items.items() if "run" not in response}
     assert len(items) == 12
-    assert len(short) == 11
-    assert {row["item_id"] for row in scored} == {row["response_of"] for row in scored} == short
+    assert len(compared) == 10
+    assert {row["item_id"] for row in scored} == compared
+    long = next(identity for identity, response in items.items() if "xxx" in response)
+    assert long not in {row["response_of"] for row in scored}
     counts = read_json(tmp_path / "run" / "reference" / "manifest.json")["counts"]
     [cost] = [cost for cost in make_plan(limited(90)).stages if cost.name == "reference"]
-    assert cost.items == 2 * counts["items"] == 22
-    assert cost.tokens == pytest.approx(counts["tokens"], abs=1)
+    assert cost.items == counts["items"] + counts["mismatched items"] == 20
+    assert cost.tokens == pytest.approx(counts["tokens"], rel=0.1)
     assert "reference stands already" in run(limited(90), tmp_path / "run", ["reference"])
     run(limited(None), tmp_path / "run", stages)  # another limit, other rows
     scored = table(tmp_path / "run", "reference/reference.parquet", records.REFERENCE)
     assert {row["item_id"] for row in scored} == items.keys()
-    assert "max_item_characters" not in read_json(tmp_path / "run" / "reference" / "manifest.json")["config"]
-    with pytest.raises(InputError, match=r"pairs\.max_item_characters: no item has at most 5, so"):
-        run(limited(5), tmp_path / "run", ["reference"])
     assert cluster.calls.count("train-kto") == 2
+    with pytest.raises(
+        InputError, match=r"no decisive preferences to train on; check pairs, judge and train\.protocols"
+    ):
+        run(limited(5), tmp_path / "run", stages)
+
+
+def test_the_reference_scores_what_trainings_read(tmp_path: Path, cluster: Cluster) -> None:
+    """Test items and those that no training draws are not scored, nor is any beside another response but for KTO. An
+    entry that reads less than others changes nothing; one that reads more has the rest scored, and KTO stays.
+    """
+    held_out = tmp_path / "held_out.jsonl"
+    two = [{"prompt": f"count {what}", "chosen": "one", "rejected": "no"} for what in ("sheep", "stars")]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in two))
+    test = tmp_path / "test.jsonl"
+    test.write_text(json.dumps({"instruction": "name a tree", "gold_response": "an oak"}) + "\n")
+    path, stages = preferences(tmp_path), ["items", "pairs", "judge", "sft", "reference", "train"]
+    few = JPO | {"protocols": ["conditional"], "max_train_comparisons": 2}
+    jpo, kto = few | {"seed": 1}, few | {"name": "kto", "objective": "kto"}
+    dpo, all_ = few | {"name": "dpo", "objective": "dpo"}, JPO | {"name": "all", "protocols": ["conditional"]}
+
+    def scored(*train: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+        items = {"validation": [{"path": str(held_out)}], "test": [{"path": str(test)}]}
+        shown = run(config_for(path, items, pairs={"joint": None}, train=list(train)), tmp_path / "run", stages)
+        return shown, table(tmp_path / "run", "reference/reference.parquet", records.REFERENCE)
+
+    _, rows = scored(jpo, kto)
+    items = {row["item_id"]: row for row in table(tmp_path / "run", "items/items.parquet", records.ITEMS)}
+    own = [items[row["item_id"]] for row in rows if row["item_id"] == row["response_of"]]
+    twins = [items[row["item_id"]] for row in rows if row["item_id"] != row["response_of"]]
+    assert len(items) == 17
+    assert [row["split"] for row in own].count("validation") == [row["split"] for row in twins].count("validation") == 4
+    assert len(twins) == 2 * 2 + 4
+    assert 2 * 2 + 4 <= len(own) <= 2 * 4 + 4
+    assert "name a tree" not in {row["instruction"] for row in own}
+    counts = read_json(tmp_path / "run" / "reference" / "manifest.json")["counts"]
+    assert (counts["items"], counts["mismatched items"]) == (len(own), len(twins))
+    cluster.calls.clear()
+    assert "reference stands already" in scored(jpo, kto, dpo)[0]
+    assert cluster.calls == ["train-dpo"]
+    cluster.calls.clear()
+    _, more = scored(jpo, kto, dpo, all_)
+    assert cluster.calls == [f"score {16 - len(own)}", "train-all"]
+    assert len(more) == 16 + len(twins)

@@ -47,7 +47,8 @@ def reference_scores(run_dir: Path) -> dict[str, tuple[float, float]]:
 
 def worst_difference(run_dir: Path, model: Path) -> float:
     """Of a round's reference log-probs to those of a model, in nats."""
-    items, found = items_of(run_dir), reference_scores(run_dir)
+    found = reference_scores(run_dir)
+    items = [row for row in items_of(run_dir) if row["item_id"] in found]
     texts = ([row["instruction"] for row in items], [row["response"] for row in items])
     tokens = tokenize(load_tokenizer(model), layout_of(config_of().model), *texts)
     scorer = make_scorer(load_model(model, dtype="float32"))

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
@@ -49,7 +50,9 @@ def test_entries_share_a_run_and_runs_share_artifacts(
     path = written(tmp_path / "configs", grid)
     shown = carry_out(path, tmp_path / "out")
     assert cluster.calls.count("embed") == cluster.calls.count("sft") == 1  # the second run took them over
-    assert len([call for call in cluster.calls if call.startswith("score")]) == 1
+    scored = sum(int(call.removeprefix("score ")) for call in cluster.calls if call.startswith("score"))
+    tables = [tmp_path / "out" / name / "reference" / "reference.parquet" for name in ("10", "40")]
+    assert scored == len({row["item_id"] for table in tables for row in pq.read_table(table).to_pylist()})  # each once
     assert len([call for call in cluster.calls if call.startswith("train-")]) == 8
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     kinds = [(group["entry"], group["settings"]) for group in results["groups"]]

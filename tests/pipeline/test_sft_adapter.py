@@ -44,8 +44,12 @@ def test_the_reference_is_the_adapter_on_its_base(adapter: Path, tmp_path: Path,
     config, run_dir = config_from(adapter), tmp_path / "run"
     shown = run(config, run_dir)
     assert f"{adapter} is an adapter: what starts from it, and the reference, is it merged into {BASE_MODEL}" in shown
-    assert cluster.calls == ["embed", "tiles", "score 132", "train-jpo", "sample 12 with transformers"]
+    table = records.read_table(run_dir / "reference" / "reference.parquet", records.REFERENCE).to_pylist()
+    found = {row["item_id"]: (row["instruction_logprob"], row["response_logprob"]) for row in table}
+    scored = f"score {len(found)}"
+    assert cluster.calls == ["embed", "tiles", scored, "train-jpo", "sample 12 with transformers"]
     items = records.read_table(run_dir / "items" / "items.parquet", records.ITEMS).to_pylist()
+    items = [row for row in items if row["item_id"] in found]
     texts = ([row["instruction"] for row in items], [row["response"] for row in items])
     tokens = tokenize(load_tokenizer(Path(BASE_MODEL)), layout_of(config.model), *texts)
     stacked = load_adapter(adapter, Path(BASE_MODEL), dtype="float32")
@@ -54,8 +58,6 @@ def test_the_reference_is_the_adapter_on_its_base(adapter: Path, tmp_path: Path,
         score_all(make_scorer(model), tokens, np.arange(len(items)), max_tokens=4096).numpy()
         for model in (stacked, bare)
     )
-    table = records.read_table(run_dir / "reference" / "reference.parquet", records.REFERENCE).to_pylist()
-    found = {row["item_id"]: (row["instruction_logprob"], row["response_logprob"]) for row in table}
     reference = np.array([found[row["item_id"]] for row in items])
     assert np.abs(reference - scores).max() < 2e-3
     assert np.abs(reference - of_base).max() > 1
@@ -71,7 +73,8 @@ def test_a_run_stands_until_its_adapter_changes(adapter: Path, tmp_path: Path, c
     assert cluster.calls == []
     write_json(adapter / "adapter_config.json", read_json(adapter / "adapter_config.json") | {"lora_alpha": 3})
     run(config, run_dir)
-    assert cluster.calls == ["score 132", "train-jpo"]
+    counts = read_json(run_dir / "reference" / "manifest.json")["counts"]
+    assert cluster.calls == [f"score {counts['items']}", "train-jpo"]
 
 
 def test_an_adapter_whose_base_is_gone_stops_the_run_at_once(adapter: Path, tmp_path: Path, cluster: Cluster) -> None:

@@ -56,7 +56,7 @@ def test_stated_counts_by_hand() -> None:
     assert (train.origin, train.items, train.conditional, train.joint) == (STATED, 2000, 1000, 1000)
     assert found.preferences == {"conditional": 650, "joint": 650}
     assert found.fine_tuning == 1000
-    assert found.tokens.compared == (2000 + 50) * 50
+    assert found.tokens.compared == 50
     assert found.tokens.fine_tuning == 1000 * 50
     assert train_comparisons(TrainConfig(), found) == 1300
     assert train_comparisons(TrainConfig(max_train_comparisons=100), found) == 100
@@ -70,7 +70,7 @@ def test_short_items_budgets_and_responses() -> None:
     assert (train.items, train.conditional, train.joint, train.short) == (3000, 1200, 77, 1200)
     settings = config(plan=plan, pairs=pairs)
     [reference] = [cost for cost in stage_costs(settings, counted(settings), None, SPEEDS) if cost.name == "reference"]
-    assert (reference.items, reference.tokens) == (1200 + 20, 1220 * 50)  # longer ones are compared with nothing
+    assert (reference.items, reference.tokens) == (1200, 1200 * 50)  # longer ones are compared with nothing
     assert counted(config(pairs={"conditional": False, "joint": None})).preferences == {"conditional": 0, "joint": 0}
 
 
@@ -251,8 +251,33 @@ def test_time_of_kto_by_hand() -> None:
     assert seconds("train", train=[ADAPTER | kto]) == tokens * (4 * 864 + 6 * 32 + 2 * 864 + 2 * 32) / 1e3
     again = ADAPTER | kto | {"gradient_checkpointing": True}  # what has no gradient is not computed again
     assert seconds("train", train=[again]) == tokens * (6 * 864 + 8 * 32 + 2 * 864 + 2 * 32) / 1e3
-    assert seconds("reference", train=[ADAPTER]) == 2050 * 50 * 2 * 864 / 100
-    assert seconds("reference", train=[ADAPTER | kto]) == 2 * 2050 * 50 * 2 * 864 / 100
+    assert seconds("reference", train=[ADAPTER]) == 1300 * 50 * 2 * 864 / 100
+    assert seconds("reference", train=[ADAPTER | kto]) == 2 * 1300 * 50 * 2 * 864 / 100
+
+
+def test_items_that_the_reference_scores_by_hand() -> None:
+    """Of 1,000 instructions with two responses 650 conditional comparisons are decisive: each has items of its own.
+
+    Joint ones share items with each other and with those. Twins are of what KTO trains on, and test items of nothing.
+    """
+
+    def scored(*train: dict[str, Any], **sections: Any) -> int | None:
+        settings = config(train=list(train), **sections)
+        [cost] = [cost for cost in stage_costs(settings, counted(settings), None, SPEEDS) if cost.name == "reference"]
+        return cost.items
+
+    dpo = {"objective": "dpo", "protocols": ["conditional"]}
+    few = {"max_train_comparisons": 100}
+    assert scored(dpo) == scored(dpo, {"name": "again"} | dpo) == 1300
+    assert scored(dpo | few) == scored(dpo | few, {"name": "again"} | dpo | few) == 200
+    assert scored(dpo | few, {"name": "kto"} | dpo | few | {"objective": "kto"}) == 400
+    both, joint = scored({"name": "a"}), scored({"protocols": ["joint"]})
+    assert both is not None
+    assert joint is not None
+    assert 650 < joint <= 1000 < 1300 < both < 1300 + joint
+    items = {"train": [{"path": "some/train"}], "validation": [{"path": "some/validation"}]}
+    held_out = (scored(dpo | few, items=items, plan=PLAN | {"validation_instructions": 100}) or 0) - 200
+    assert 2 * 65 < held_out < 2 * 100  # in 65 conditional comparisons, or in joint ones
 
 
 def test_time_of_sampling_by_hand() -> None:
