@@ -13,7 +13,7 @@ import yaml
 
 from jpo_ray.cli_parser import build_parser
 from jpo_ray.config import JointPairs, RunConfig
-from jpo_ray.config_experiment import load_experiment
+from jpo_ray.config_experiment import load_experiment, load_runs
 from jpo_ray.config_file import apply_override, load_config, load_files_config, parse_config
 from jpo_ray.config_judge import AnnotatorConfig
 from jpo_ray.config_serve import load_serve_config
@@ -159,8 +159,7 @@ def test_what_recipes_train() -> None:
     assert len(names) == 10
     for name in names:
         config = load_config(ROOT / "configs" / name)
-        trained = {"jpo"} if name == "helpful_tiny.yaml" else {"jpo", "dpo", "kto"}
-        assert {entry.objective for entry in config.train} == trained, name
+        assert {entry.objective for entry in config.train} == {"jpo", "dpo", "kto"}, name
         if "tldr" in name or name.endswith(("helpful_mistral7b.yaml", "helpful_released.yaml")):
             assert config.items.max_instruction_tokens == 900, name
 
@@ -176,10 +175,10 @@ def estimated(plan: Plan) -> list[str]:
         f"{requests:,}, {dollars:.0f}" if requests else "-",
         *(
             f"{stages[name].memory_gib:.0f}, {duration(stages[name].seconds)}" if name in stages else "-"
-            for name in ("sft", "train/jpo")
+            for name in ("sft", next(name for name in stages if name.startswith("train/jpo")))
         ),
         duration(sum(seconds for seconds in known if seconds is not None)),
-        f"{plan.run_dir_gib:.0f} GiB" if plan.run_dir_gib >= 1 else "below 1 GiB",
+        f"{plan.run_dir_gib:,.0f} GiB" if plan.run_dir_gib >= 1 else "below 1 GiB",
         f"{plan.hub_gib:.2g} GiB",
         f"{plan.host_memory_gib:.0f} GiB" if plan.host_memory_gib else "-",
     ]
@@ -191,22 +190,50 @@ def test_a_recipes_estimate_is_the_plans(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     path = ROOT / "configs" / f"{name}.yaml"
-    two_cores = [] if load_config(path).cluster.gpus_per_worker else ["plan.peak_tflops=0.2"]
+    [config] = load_runs(path, []).values()
+    if not config.cluster.gpus_per_worker:
+        [config] = load_runs(path, ["plan.peak_tflops=0.2"]).values()
     row = rows_of_recipes(9)[f"`{name}`"]
-    assert row == estimated(make_plan(load_config(path, two_cores)))
+    assert row == estimated(make_plan(config))
     _, _, sft, jpo, stages, disk, models, host = row
     parts = [(stage, *cell.split(", ")) for stage, cell in (("SFT", sft), ("JPO", jpo)) if cell != "-"]
     said = ", ".join(f"{stage} {gib} GiB a worker and {time}" for stage, gib, time in parts)
-    header = path.read_text().partition("seed:")[0]
+    header = re.split(r"^(?:seed|base):", path.read_text(), maxsplit=1, flags=re.M)[0]
     assert f"\n# By `jpo plan`, an estimate: {said}; all stages {stages}.\n" in header
     memory = "" if host == "-" else f"; host memory: {host}"
     assert f"\n# Disk: {disk}, and {models} of models from the Hub{memory}.\n" in header
 
 
 def test_every_recipe_with_an_estimate_is_in_the_table() -> None:
-    named = [path.stem for path in (ROOT / "configs").glob("*.yaml") if "By `jpo plan`" in path.read_text()]
-    assert sorted(f"`{name}`" for name in named) == sorted(rows_of_recipes(9))
-    assert len(named) == 8
+    folder = ROOT / "configs"
+    named = [path.relative_to(folder) for path in folder.rglob("*.yaml") if "By `jpo plan`" in path.read_text()]
+    assert sorted(f"`{path.with_suffix('')}`" for path in named) == sorted(rows_of_recipes(9))
+    assert len(named) == 9
+
+
+def test_what_the_limit_of_characters_leaves_of_tldr_is_the_plans() -> None:
+    """With the recipe's limit, and without one."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    few, many = plans_of_both("tldr_released")
+    left, of = (plan.counts.preferences for plan in (few, many))
+    for protocol in ("conditional", "joint"):
+        assert f"{left[protocol]} of {of[protocol]:,} {protocol}" in text
+    (some, in_some), (all_, in_all) = map(training_of, (few, many))
+    assert f"JPO has {all_:,} steps in {in_all} instead of {some} in {in_some}" in text
+    whole = [duration(sum(cost.seconds or 0 for cost in plan.stages)) for plan in (many, few)]
+    assert f"all stages {whole[0]} instead of {whole[1]}" in text
+    (some, _), (all_, _) = map(training_of, plans_of_both("tldr_mistral7b"))
+    assert f"ten epochs of all are {all_:,} steps of JPO instead of {some}" in text
+
+
+def plans_of_both(name: str) -> list[Plan]:
+    path = ROOT / "configs" / f"{name}.yaml"
+    return [make_plan(load_config(path, overrides)) for overrides in ([], ["pairs.max_item_characters=null"])]
+
+
+def training_of(plan: Plan) -> tuple[int | None, str]:
+    [jpo] = [cost for cost in plan.stages if cost.name == "train/jpo"]
+    return jpo.steps, duration(jpo.seconds)
 
 
 def test_variables_of_the_environment_are_listed() -> None:

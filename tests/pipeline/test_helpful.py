@@ -96,15 +96,15 @@ def test_real_text_goes_all_the_way(
     assert "No win rates: `evaluate` is off" in shown
     counts = {
         name: read_json(folder / name / "manifest.json")["counts"]
-        for name in ("sft", "reference", "train/jpo", "sample")
+        for name in ("sft", "reference", "train/jpo", "train/dpo", "train/kto", "sample")
     }
     assert counts["sft"]["steps"] == 32
-    assert counts["train/jpo"]["steps"] == 46
+    assert [counts[f"train/{name}"]["steps"] for name in ("jpo", "dpo", "kto")] == [46, 24, 24]
     assert counts["train/jpo"]["validation_comparisons"] == 0
     assert "held-out loss" not in counts["train/jpo"]
     assert 40 < counts["reference"]["truncated"] < 140
     assert f"truncated {counts['reference']['truncated']}" in shown
-    assert (counts["sample"]["samples"], counts["sample"]["engine"]) == (32, "vllm")
+    assert (counts["sample"]["samples"], counts["sample"]["engine"]) == (64, "vllm")
     pairs = records.read_table(folder / "pairs" / "pairs.parquet", records.PAIRS).to_pylist()
     joint = [pair["similarity"] for pair in pairs if pair["protocol"] == "joint"]
     assert 0.2 <= min(joint) <= max(joint) <= 0.9
