@@ -237,7 +237,8 @@ def test_a_report_of_nothing(refused: Callable[..., str], tmp_path: Path) -> Non
 def test_the_next_missing_input_is_named(jpo: Callable[..., int], refused: Callable[..., str]) -> None:
     jpo("items")
     assert "no `pairs` yet; run `jpo pairs` first" in refused("judge")
-    assert "no `sft` yet; run `jpo sft` first" in refused("reference")
+    assert "no `judge` yet; run `jpo judge` first" in refused("reference")  # it scores what is compared
+    assert "no `sft` yet; run `jpo sft` first" in refused("sample")
     assert "no `judge` yet; run `jpo judge` first" in refused("train")
 
 
