@@ -3,12 +3,13 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 
 from jpo_ray.errors import InputError
 from jpo_ray.feedback.answer_log import AnswerLog, Reply, prompt_key
 from jpo_ray.feedback.prompts import Messages
+from jpo_ray.store import StoreError
 
 HOPELESS = 20  # prompts in a row without an answer, or as many as are in flight: an outage
 
@@ -51,9 +52,13 @@ def ask_missing(
     missing = {prompt_key(messages): messages for messages in prompts}
     missing = {key: messages for key, messages in missing.items() if log.get(key) is None}
     try:
-        return asyncio.run(_ask_all(model, missing, log, concurrency, progress)) if missing else Asked()
-    finally:
-        log.send()
+        asked = asyncio.run(_ask_all(model, missing, log, concurrency, progress)) if missing else Asked()
+    except BaseException:
+        with suppress(StoreError):  # they are on this machine, and the next run sends them
+            log.send()
+        raise
+    log.send()
+    return asked
 
 
 async def _ask_all(
