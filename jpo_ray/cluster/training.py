@@ -46,9 +46,14 @@ class ProgressBoard:
         self.latest: tuple[int, int, dict[str, float]] = (0, 0, {})
         self.result: Any = None
         self.input_error: str | None = None
+        self._heard = time.monotonic()
 
     def update(self, done: int, total: int, metrics: dict[str, float]) -> None:
         self.latest = (done, total, metrics)
+        self._heard = time.monotonic()
+
+    def silent_s(self) -> float:
+        return time.monotonic() - self._heard
 
     def read(self) -> tuple[int, int, dict[str, float]]:
         return self.latest
@@ -116,6 +121,11 @@ def run_training(
                 raise InputError(input_error)
             if failed is None:
                 break
+            if ray.get(board.silent_s.remote()) >= config.progress_timeout_s:
+                raise TimeoutError(
+                    f"{stage}: no step for {config.progress_timeout_s:g} s (cluster.progress_timeout_s); the log of "
+                    "the worker shows where it waited"
+                ) from failed
             may_wait = attempt <= config.max_failures
             workers = _workers_left(ray, config, stage, failed, wanted, workers, may_wait)
     finally:

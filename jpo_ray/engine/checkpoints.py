@@ -124,9 +124,17 @@ def checkpoint_before(folder: Path, step: int) -> Path | None:
 
 
 def agreed_checkpoint(folder: Path) -> Path | None:
-    """The newest one that rank 0 finds, which alone looks: reading all hashes is work. Every rank must call it."""
-    found: Path | None = from_rank_0(newest_checkpoint(folder) if rank_and_world()[0] == 0 else None)
-    return found
+    """The newest valid one that all workers have, whose disks may not be the same. Every rank must call it.
+
+    Rank 0 alone compares hashes, since reading all is work; what others fetched was compared as it came.
+    """
+    here = {path.name for path in folder.glob("checkpoint-*") if (path / HASHES).exists()}
+    everywhere = sorted(set.intersection(*from_all(here)), key=lambda name: _step_of(folder / name), reverse=True)
+    valid = None
+    if rank_and_world()[0] == 0:
+        valid = next((folder / name for name in everywhere if is_valid(folder / name)), None)
+    agreed: Path | None = from_rank_0(valid)
+    return agreed
 
 
 def is_valid(checkpoint: Path) -> bool:
@@ -135,7 +143,8 @@ def is_valid(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     found = file_hashes(checkpoint)
-    return all(found.get(name) == digest for name, digest in expected.items())
+    more = [name for name in found if name.startswith(f"{SHARDED}/") and name not in expected]  # would be read too
+    return not more and all(found.get(name) == digest for name, digest in expected.items())
 
 
 def load_checkpoint(checkpoint: Path, model: Any, optimizer: Any) -> dict[str, Any]:
@@ -196,11 +205,22 @@ def fetch_checkpoints(folder: Path) -> None:
         there = {name.split("/")[0] for name in names if name.endswith(f"/{HASHES}")}
         keep_only(folder, {folder / name for name in there if is_valid(folder / name)})
         for checkpoint in sorted(there):
-            try:
-                write_json(folder / checkpoint / HASHES, pull(folder / checkpoint))
-            except InputError:  # damaged
-                shutil.rmtree(folder / checkpoint, ignore_errors=True)
+            if not (_fetched(folder / checkpoint) or _fetched(folder / checkpoint)):  # not this disk's fault alone
                 place.store.delete(f"{place.name}/{checkpoint}")
+
+
+def _fetched(checkpoint: Path) -> bool:
+    """Whether a checkpoint came here whole from the store; nothing of it stays if not."""
+    try:
+        hashes = pull(checkpoint)
+    except InputError:  # damaged, or deleted meanwhile
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return False
+    for path in (checkpoint / SHARDED).glob("*"):
+        if f"{SHARDED}/{path.name}" not in hashes:  # of an attempt with more workers
+            path.unlink()
+    write_json(checkpoint / HASHES, hashes)
+    return True
 
 
 def _step_of(path: Path) -> int:

@@ -196,3 +196,9 @@ def test_a_worker_that_finishes_no_step_is_started_again(ray_cluster: Any, tmp_p
     work = Work(working.stuck, (tmp_path,))
     assert run_training(ray_cluster, alone, "train", work, tmp_path / "out", nothing) == "done"
     assert (tmp_path / "rank0").read_text() == "an attempt\nan attempt\n"
+
+
+def test_one_that_never_finishes_a_step_ends_in_one_line(ray_cluster: Any, tmp_path: Path) -> None:
+    once = CLUSTER.model_copy(update={"num_workers": 1, "progress_timeout_s": 3.0, "max_failures": 0})
+    with pytest.raises(TimeoutError, match=r"^train: no step for 3 s \(cluster\.progress_timeout_s\); the log"):
+        run_training(ray_cluster, once, "train", Work(working.stuck, (tmp_path,)), tmp_path / "out", nothing)
