@@ -24,6 +24,7 @@ from jpo_ray.lease_holder import is_gone, this_process
 LOGGER = logging.getLogger(__name__)
 LEASE_EXPIRES_S = 60.0
 HEARTBEAT_S = 5.0
+REPLACED = 100  # times that a lease may be replaced while its lock is waited for
 INTERRUPT = signal.SIGUSR1  # to the main thread; a run in the background may ignore Ctrl-C's signal
 
 
@@ -58,13 +59,13 @@ def hold_lease(lease: Lease, wait_s: float = 0.0) -> Iterator[None]:
     """Hold a lease until the block ends.
 
     Raises `InputError` where another living run holds it (for longer than `wait_s`), or took it over meanwhile, and
-    `TimeoutError` where nothing could be said to others for as long as they wait before they take it over. Either
-    interrupts the block as Ctrl-C does.
+    `TimeoutError` where nothing could be said to others for nearly as long as they wait before they take it over.
+    Either interrupts the block as Ctrl-C does.
     """
-    _acquire(lease, wait_s)
+    took_s = _acquire(lease, wait_s)
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(INTERRUPT, _interrupt) if in_main else None
-    heart = _Heart(lease, interrupts=in_main)
+    heart = _Heart(lease, took_s, interrupts=in_main)
     try:
         try:
             yield
@@ -83,11 +84,14 @@ def hold_lease(lease: Lease, wait_s: float = 0.0) -> Iterator[None]:
             lease.release()
 
 
-def _acquire(lease: Lease, wait_s: float) -> None:
+def _acquire(lease: Lease, wait_s: float) -> float:
+    """How many seconds ago the holder began to say that it is there, at most."""
     until_s, told = time.monotonic() + wait_s, False
     while True:
+        began_s = time.monotonic()
         try:
-            return lease.acquire()
+            lease.acquire()
+            return time.monotonic() - began_s
         except InUse as error:
             left_s = until_s - time.monotonic()
             if left_s <= 0:
@@ -101,14 +105,16 @@ def _acquire(lease: Lease, wait_s: float) -> None:
 class _Heart:
     """Beats in a thread, and sees in another one that they have been silent for too long, since one may hang.
 
-    Whatever goes wrong with a beat, the next may go well: only silence loses the lease, or finding it gone.
+    Whatever goes wrong with a beat, the next may go well: only silence loses the lease, or finding it gone. Silence is
+    counted from when the last good beat began, since others may count from there.
     """
 
-    def __init__(self, lease: Lease, *, interrupts: bool) -> None:
+    def __init__(self, lease: Lease, silent_s: float, *, interrupts: bool) -> None:
         self.lost: Exception | None = None
         self._lease, self._interrupts = lease, interrupts
         self._error: Exception = TimeoutError("no answer")  # of the last beat that failed
-        self._ended, self._heard, self._losing = threading.Event(), threading.Event(), threading.Lock()
+        self._awake_s, self._heard_s = 0.0, -silent_s  # until the watch's last look, and until the last good beat began
+        self._ended, self._losing = threading.Event(), threading.Lock()
         self._beats, self._watch = (
             threading.Thread(target=work, daemon=True, name="lease-heartbeat")
             for work in (self._beat, self._wait_for_silence)
@@ -124,25 +130,23 @@ class _Heart:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
+            began_s = self._awake_s
             try:
                 self._lease.beat()
-                self._heard.set()
+                self._heard_s = began_s
             except LeaseLost as lost:
                 self._lose(lost)
             except Exception as error:
                 self._error = error
 
     def _wait_for_silence(self) -> None:
-        silent_s, before_s = 0.0, time.monotonic()
+        before_s = time.monotonic()
         while not self._ended.wait(HEARTBEAT_S):
             now_s = time.monotonic()
             # A process that was held (SIGSTOP) has not listened either: its next beat tells whether it was replaced.
-            silent_s += min(now_s - before_s, 2 * HEARTBEAT_S)
+            self._awake_s += min(now_s - before_s, 2 * HEARTBEAT_S)
             before_s = now_s
-            if self._heard.is_set():
-                self._heard.clear()
-                silent_s = 0.0
-            elif silent_s > LEASE_EXPIRES_S:
+            if self._awake_s - self._heard_s > _longest_silence_s():
                 self._lose(_silent(self._lease.name, self._error))
 
     def _lose(self, reason: Exception) -> None:
@@ -155,11 +159,16 @@ class _Heart:
             os.kill(os.getpid(), INTERRUPT)
 
 
+def _longest_silence_s() -> float:
+    """Of a holder: it is looked for every `HEARTBEAT_S`, and must have stopped before others take the lease over."""
+    return LEASE_EXPIRES_S - 3 * HEARTBEAT_S
+
+
 def _silent(name: str, error: Exception) -> Exception:
     reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
     silent = TimeoutError(
-        f"{name}: could not be reached for {LEASE_EXPIRES_S:.0f} s, and another run may take it over ({reason}); this "
-        "one has stopped"
+        f"{name}: could not be reached for {_longest_silence_s():.0f} s, and another run may soon take it over "
+        f"({reason}); this one has stopped"
     )
     silent.__cause__ = error
     return silent
@@ -253,18 +262,30 @@ def _alone(path: Path) -> Iterator[None]:
 
     Of two that find it dead, the second could else remove the first one's new one; with the lock, it reads that.
     """
+    for _ in range(REPLACED):
+        try:
+            # NFS locks no folders, and only what may be written.
+            handle = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+        except FileNotFoundError:
+            yield
+            return
+        try:
+            with suppress(OSError):  # a file system that locks nothing
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if _stands(path, handle):  # else the lock is of one that was removed while this one waited for it
+                yield
+                return
+        finally:
+            os.close(handle)
+    raise same_moment(str(path.parent))
+
+
+def _stands(path: Path, handle: int) -> bool:
+    """Whether a path still is that of an open file."""
     try:
-        # NFS locks no folders, and only what may be written.
-        handle = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+        return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
-        yield
-        return
-    try:
-        with suppress(OSError):  # a file system that locks nothing
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        return False
 
 
 def _remove_if_dead(path: Path, staged: Path) -> None:
