@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jpo_ray.files import flush_one, hash_file, write_json
-from jpo_ray.store import is_uri
+from jpo_ray.store import StoreError, is_uri
 from jpo_ray.stored import Place, make_working_copy, open_store, place_of, users_folder, working_copy
 
 LOGGER = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def key_folder(cache: Path, kind: str, key: dict[str, Any]) -> Path:
 def read_parts(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     """All parts in a key's folder; of a cache on a store those that this machine lacks are fetched first.
 
-    A part whose content is not what its name says is deleted and named in the log.
+    A part whose content is not what its name says is deleted, here or there, and named in the log.
     """
     for part in folder.glob("part-*.parquet"):
         if not _is_whole(part, part.name):
@@ -78,21 +79,47 @@ def append_part(folder: Path, key: dict[str, Any], table: pa.Table) -> None:
 
 
 def fetch_parts(place: Place, folder: Path) -> None:
-    """Copy a key's parts from the store, but for those (logged) whose content is not what their name says."""
+    """Copy a key's parts from the store. One whose content is not what its name says is deleted there, and logged."""
     store, name = place.store, place.name
     lacking = [part for part in store.names(name) if part.startswith("part-") and not (folder / part).exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as staged:
-        store.download(name, Path(staged), lacking)
+        _download(place, Path(staged), lacking)
         for part in lacking:
             if _is_whole(Path(staged) / part, part):
                 (Path(staged) / part).rename(folder / part)
             else:
-                _say_damaged(store.shown(f"{name}/{part}"))
+                _delete_if_damaged(place, part)
+
+
+def _download(place: Place, folder: Path, parts: list[str]) -> None:
+    try:
+        place.store.download(place.name, folder, parts)
+    except FileNotFoundError:  # another run has just deleted a damaged one
+        left = sorted({*parts} & {*place.store.names(place.name)})
+        if left == sorted(parts):
+            raise
+        _download(place, folder, left)
+
+
+def _delete_if_damaged(place: Place, part: str) -> None:
+    """Delete a part on the store that came damaged, if it still is when read again, past this machine's disk."""
+    name = f"{place.name}/{part}"
+    content = place.store.read(name)
+    if content is None:  # another run has just deleted it
+        return
+    _say_damaged(place.store.shown(name))
+    if _named(hashlib.sha256(content).hexdigest()) != part:
+        with suppress(StoreError):  # one that may only be read
+            place.store.delete(name)
 
 
 def _name_of(part: Path) -> str:
-    return f"part-{hash_file(part)[:PART_DIGITS]}.parquet"
+    return _named(hash_file(part))
+
+
+def _named(digest: str) -> str:
+    return f"part-{digest[:PART_DIGITS]}.parquet"
 
 
 def _is_whole(part: Path, name: str) -> bool:

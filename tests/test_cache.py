@@ -12,7 +12,7 @@ import pytest
 from disks import small_disk
 from s3 import S3
 
-from jpo_ray.cache import append_part, cache_folder, key_folder, read_parts
+from jpo_ray.cache import append_part, cache_folder, fetch_parts, key_folder, read_parts
 from jpo_ray.stored import Place, place_of
 
 KEY = {"of": "test"}
@@ -100,8 +100,51 @@ def test_a_damaged_part_is_left_out_and_named(shared: Callable[[str], Path], cap
     (said,) = caplog.messages
     assert said.startswith("s3://runs/")
     assert said.endswith(f"/{name}: is damaged and left out, its values are made again")
+    assert where.store.read(f"{where.name}/{name}") is None
+    assert read(elsewhere) == [3]
+    assert len(caplog.messages) == 1  # at the second read it is no longer there
     append(elsewhere, 1, 2)  # made again: the same part, whole
     assert read(shared("third")) == [1, 2, 3]
+
+
+def test_a_part_that_is_whole_when_read_again_stays(
+    shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad disk here, or an answer cut short, is no reason to delete what is good there."""
+    here = shared("here")
+    append(here, 1, 2)
+    elsewhere = shared("elsewhere")
+    store = place(elsewhere).store
+
+    def cut_short(below: str, folder: Path, names: list[str]) -> None:
+        for name in names:
+            (folder / name).write_bytes((store.read(f"{below}/{name}") or b"")[:-9])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "download", cut_short)
+        patch.setattr("jpo_ray.cache.place_of", lambda _: Place(store, place(elsewhere).name, elsewhere))
+        assert read(elsewhere) == []
+    assert read(elsewhere) == [1, 2]
+
+
+def test_a_part_that_another_run_deletes_meanwhile_is_left_out(shared: Callable[[str], Path]) -> None:
+    here = shared("here")
+    append(here, 1, 2)
+    (gone,) = (path.name for path in here.glob("part-*"))
+    append(here, 3)
+    elsewhere = place(shared("elsewhere"))
+    names, listed = elsewhere.store.names, []
+
+    def names_then_deleted(below: str) -> list[str]:
+        listed.append(names(below))
+        elsewhere.store.delete(f"{below}/{gone}")
+        return listed[-1]
+
+    elsewhere.store.names = names_then_deleted  # type: ignore[method-assign]
+    folder = shared("elsewhere")
+    fetch_parts(elsewhere, folder)
+    assert gone in listed[0]
+    assert read(folder) == [3]
 
 
 @pytest.mark.parametrize(
