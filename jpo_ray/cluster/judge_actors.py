@@ -72,8 +72,8 @@ async def awaited(stage: str, timeout_s: float | None, reference: Any, what: str
     try:
         return await asyncio.wait_for(reference, timeout_s)
     except RayTaskError as error:
-        if isinstance(error.cause, TimeoutError):  # in the actor, which said so in one line
-            raise error.cause from None
+        if isinstance(error.cause, TimeoutError | RuntimeError):  # in the actor, which said so in one line
+            raise error.cause from error
         raise
     except RayActorError as error:
         raise RuntimeError(

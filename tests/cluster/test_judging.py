@@ -160,6 +160,24 @@ def test_an_actor_that_dies_is_started_again_and_asked_again(
     assert all(row["verdict"] != "invalid" for row in rows)
 
 
+@pytest.mark.ray
+def test_a_meter_that_dies_is_one_line(ray_cluster: Any) -> None:
+    """What is spent so far is gone with it. The actor that asks it says so, in its own words and not in Ray's."""
+    with endpoint(key=NODES_KEY, delay=0.2) as server, ExitStack() as stack:
+        config = AnnotatorConfig(annotator="openai", base_url=server.url, actors=2, concurrency=4)
+
+        def kill_meter(_: float, __: str) -> None:
+            for process in processes("Meter"):
+                process.kill()
+
+        annotator = stack.enter_context(open_annotator(config, lambda: ray_cluster, CLUSTER, 0))
+        with pytest.raises(RuntimeError) as caught:
+            judge(comparisons(40), annotator, kill_meter)
+    assert str(caught.value) == (
+        "judge: waited for the meter of requests, but the actor has died and is not started again; Ray's logs tell why"
+    )
+
+
 @contextmanager
 def stopped(process: psutil.Process) -> Iterator[None]:
     """It hangs, until the end."""
