@@ -110,8 +110,11 @@ def _reference(
     read = items_read(files, ids, entries)
     matched = items_read(files, ids, matching) if matching else np.zeros_like(read)
     rows, sources = reference_rows(table, context.config.seed, read, matched)
-    if not rows:
+    if not rows and entries:
         raise InputError("reference: no decisive preferences to train on; check pairs, judge and train.protocols")
+    if not rows:  # asked for by `evaluate.policies` alone, with nothing held out
+        records.write_table(out / "reference.parquet", [], records.REFERENCE)
+        return {"items": 0}
     tokenizer = load_tokenizer(folder)
     layout = layout_of(model)
     tokens = tokenize(tokenizer, layout, [row["instruction"] for row in rows], [row["response"] for row in rows])

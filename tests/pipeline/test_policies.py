@@ -6,7 +6,7 @@ import pytest
 
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json
-from pipeline.inline import LIMITS, Cluster, run, small_config
+from pipeline.inline import JPO, LIMITS, Cluster, run, small_config
 
 
 def test_policies_are_scored(run_dir: Path, cluster: Cluster) -> None:
@@ -33,3 +33,17 @@ def test_nothing_to_score_is_one_line(run_dir: Path, cluster: Cluster) -> None:
     with pytest.raises(InputError, match=r"evaluate.policies: neither held-out preferences .* nor samples"):
         run(config, run_dir)
     assert "train-jpo" in cluster.calls
+
+
+@pytest.mark.usefixtures("cluster")
+def test_without_held_out_items_own_samples_are_scored(run_dir: Path) -> None:
+    """The only training compares with no reference, so that one has nothing to score."""
+    items = {split: [{"path": "sandbox", "limit": LIMITS[split]}] for split in ("train", "test")}
+    sample = {"engine": "transformers", "temperatures": [1.0], "max_new_tokens": 16}
+    train = [JPO | {"name": "simpo", "objective": "simpo", "protocols": ["conditional"]}]
+    run(small_config(items=items, train=train, sample=sample, evaluate={"policies": True}), run_dir)
+    assert read_json(run_dir / "reference" / "manifest.json")["counts"] == {"items": 0}
+    found = read_json(run_dir / "policies" / "policies.json")
+    assert found["simpo"]["kl_samples"] == 6
+    assert found["simpo"]["conditional"] == found["simpo"]["joint"] == 0
+    assert "What training did to the policies" in (run_dir / "report" / "index.html").read_text()
