@@ -18,6 +18,7 @@ from jpo_ray.pipeline.console import progress_bar
 from jpo_ray.pipeline.context import Context, Spec
 from jpo_ray.pipeline.pair_shards import make_pairs
 
+DRAWN = 2  # how partners are drawn where any will do: from random groups
 COPIES = 8  # near-duplicates of a training instruction within training that are looked at
 LEAKS_INTO = {"train": ("validation", "test"), "validation": ("test",), "test": ()}  # split -> more protected ones
 
@@ -59,7 +60,20 @@ def embedding_slice(config: PairsConfig) -> dict[str, Any]:
 def pair_slice(config: RunConfig) -> dict[str, Any]:
     """What pairs depend on besides items and embeddings."""
     layout = {"template", "response_prefix"} if config.pairs.max_item_characters else set()
-    return {"pairs": config.pairs.model_dump(), "seed": config.seed, **config.model.model_dump(include=layout)}
+    slice_ = {"pairs": config.pairs.model_dump(), "seed": config.seed, **config.model.model_dump(include=layout)}
+    if config.pairs.joint and _may_be_drawn(config, config.pairs.joint):
+        slice_["drawn"] = DRAWN
+    return slice_
+
+
+def _may_be_drawn(config: RunConfig, joint: JointPairs) -> bool:
+    """Whether items' partners may come from random groups of the others: there are many items, and any will do."""
+    open_band = (joint.min_similarity, joint.max_similarity) == (-1, 1)
+    free = joint.strategy in ("random", "proxy") and open_band and joint.group_size is None
+    # A validation split without a budget of its own is not held to the other two limits.
+    lenient = bool(config.items.validation) and not joint.validation_budget
+    limited = joint.max_per_item is not None or ((joint.min_per_item > 0 or joint.connected) and not lenient)
+    return free and not limited
 
 
 def leaking_instructions(context: Context, items: pa.Table) -> set[str]:
