@@ -206,13 +206,17 @@ def _sample_size(search: Search) -> int:
 def _sampled_plan(problem: JointProblem, search: Search) -> tuple[PlanOf, bool, dict[str, Any]]:
     """Random groups of rows meet some random groups of columns each: the work grows with the items, not their square.
 
-    Every group of columns is met by as many groups of rows, so that no item is likelier to be a partner than another.
+    No group of columns is met by more than one group of rows more than another (by none more where items are compared
+    among themselves), so that hardly an item is likelier to be a partner than another.
     """
     rows, columns, seed = problem.rows, problem.columns, problem.seed
     row_groups, column_groups = (-(-len(side) // CLUSTER_SIZE) for side in (rows, columns))
-    met = min(column_groups, 1 + -(-_sample_size(search) // CLUSTER_SIZE))  # groups are of that size or a little less
-    offsets = np.random.default_rng([seed, 0x6578]).choice(column_groups, met, replace=False)
-    meets = (np.arange(row_groups)[:, None] * column_groups // row_groups + offsets) % column_groups
+    wanted = 1 + -(-_sample_size(search) // CLUSTER_SIZE)  # groups are of that size or a little less
+    met = min(column_groups, max(wanted, -(-column_groups // row_groups)))  # every one is met
+    circle = np.random.default_rng([seed, 0x6578]).permutation(column_groups)
+    place = np.arange(row_groups)[:, None] * met + np.arange(met)
+    # Round and round the circle, a place further each time: or the same groups of rows would share all their columns.
+    meets = circle[(place + place // column_groups) % column_groups]
     row_parts, column_parts = (
         random_groups(rows.keys, row_groups, seed),
         random_groups(columns.keys, column_groups, seed),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jpo_ray.config_cluster import ClusterConfig
 
 CHECKED_AT_ONCE = 16_384
-PARTS_FORMAT = 2  # of what tasks leave for a run that goes on
+PARTS_FORMAT = 3  # of what tasks leave for a run that goes on
 NORM_TOLERANCE = 0.02  # of float16 vectors
 POOL_TASKS = 16  # from which starting actors pays
 TIMEOUT_S = 900.0  # longest wait for the next task's candidates
@@ -142,6 +142,9 @@ class Tiles:
 def _digest(plan: Plan, search: Search, rows: Side, columns: Side) -> str:
     """What a task's result depends on, but for the vectors (a part of another run must not be taken for this one's)."""
     digest = hashlib.sha256(repr((PARTS_FORMAT, type(plan).__name__, plan.tasks, search)).encode())
+    for name, value in vars(plan).items():
+        field = np.ascontiguousarray(value)
+        digest.update(f"{name} {field.dtype} {field.shape}".encode() + field.tobytes())
     for side in (rows, columns):
         for values in (side.keys, side.instructions, side.groups, side.parts):
             digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())

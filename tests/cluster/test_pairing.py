@@ -364,6 +364,20 @@ def test_a_killed_run_goes_on_with_the_tasks_it_had_done(tmp_path: Path, monkeyp
     assert sorted(ran) == [0, 1, 2, 3, 4, 5]
 
 
+def test_parts_of_another_plan_are_not_taken_for_a_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many tasks over the same items."""
+    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 100)
+    monkeypatch.setattr(pairing, "CLUSTER_SIZE", 20)
+    rows, vectors, ran = side(600), unit_vectors(600), []
+    monkeypatch.setattr(tiles, "_tasks_on_ray", lambda *how: ran.append(len(how[4])) or tasks_here(*how))
+    choose(rows, vectors, parts=tmp_path)
+    choose(rows, vectors, parts=tmp_path)
+    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 120)
+    expected = choose(rows, vectors)
+    assert choose(rows, vectors, parts=tmp_path).pairs == expected.pairs
+    assert ran == [1, 0, 1, 1]
+
+
 def test_approximate_candidates_find_what_is_near_and_say_how_much_of_it() -> None:
     vectors = clustered_vectors(1500, 40, seed=4)
     rows = side(1500)
@@ -422,16 +436,65 @@ def test_random_pairs_need_no_look_at_all_pairs(monkeypatch: pytest.MonkeyPatch)
     assert again.pairs.equals(found.pairs)
 
 
-def test_two_sides_meet_in_samples_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every one of 300 columns is met by 1,000 rows as often as any other: a third of the pairs."""
-    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 80)
+def _times_met(count: int, others: int | None, budget: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[int]]:
+    """The choice, and how many groups of 20 rows meet each column, none of them twice."""
     monkeypatch.setattr(pairing, "CLUSTER_SIZE", 20)
-    rows, columns = side(1000), side(300, name="other")
-    found = choose(rows, unit_vectors(1000), columns, budget=3000, strategy="proxy")
+    looked_at = []
+    monkeypatch.setattr(tiles, "_tasks_on_ray", lambda *how: looked_at.append(how[3]) or tasks_here(*how))
+    columns = None if others is None else side(others, name="other")
+    found = choose(
+        side(count),
+        unit_vectors(max(count, others or 0)),
+        columns,
+        budget=budget,
+        strategy="random" if columns is None else "proxy",
+    )
+    [plan] = looked_at
+    met = [np.sort(columns) for task in range(plan.tasks) for _, columns in plan.blocks(task)]
+    assert len(met) == count // 20
+    assert all(len(np.unique(columns)) == len(columns) for columns in met)
+    return found, np.bincount(np.concatenate(met), minlength=others or count).tolist()
+
+
+def test_two_sides_meet_in_samples_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one of 300 columns is met by 1,200 rows as often as any other: a third of the pairs."""
+    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 80)
+    found, met = _times_met(1200, 300, 3000, monkeypatch)
     assert found.notes == {"columns met at random": 100}
+    assert met == [20] * 300
     as_column = np.bincount(found.pairs["column"].to_numpy(), minlength=300)
     assert as_column.sum() == 3000
     assert 7 < float(as_column.var()) < 13  # of a binomial 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "wanted", "times"),
+    [
+        (20, 70, 17, {4, 5}),  # 340 times 70 groups: 4.86
+        (2, 34, 17, {1}),
+        (2, 60, 17, {1}),  # 30 each, or some would be met by none
+        (50, 15, 5, {16, 17}),
+        (35, None, 17, {17}),
+        (34, None, 17, {17}),
+    ],
+)
+def test_columns_are_met_as_often_as_each_other(
+    rows: int, columns: int | None, wanted: int, times: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers of groups of 20."""
+    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 20 * (wanted - 1))
+    _, met = _times_met(20 * rows, columns and 20 * columns, 40, monkeypatch)
+    assert set(met) == times
+
+
+def test_groups_of_items_meet_different_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the groups that each meets, 5, divide those there are, 20."""
+    monkeypatch.setattr(pairing, "SAMPLED_COLUMNS", 80)
+    monkeypatch.setattr(pairing, "CLUSTER_SIZE", 20)
+    looked_at = []
+    monkeypatch.setattr(tiles, "_tasks_on_ray", lambda *how: looked_at.append(how[3]) or tasks_here(*how))
+    choose(side(400), unit_vectors(400), budget=400)
+    assert len({frozenset(some) for some in looked_at[0].meets.tolist()}) == 20
 
 
 @pytest.mark.parametrize(
