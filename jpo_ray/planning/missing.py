@@ -114,10 +114,11 @@ def disk_gib(config: RunConfig, shapes: ModelShapes | None) -> float | None:
     if shapes is None:
         return None
     kept = 2 if config.items.validation else 1  # the newest, and the best where something is held out
-    whole_models = [*([config.sft] if config.sft else []), *(entry for entry in config.trained if not entry.use_peft)]
+    sft, trained = int(config.sft is not None), sum(not entry.use_peft for entry in config.trained)
+    at_once = config.cluster.trainings_at_once if config.rounds is None else 1
     # A training that goes on has two more: the one before the newest, and one that is being written.
-    checkpoints = len(whole_models) * kept + 2 * bool(whole_models)
-    models = len(whole_models) + _made_models(config)
+    checkpoints = (sft + trained) * kept + 2 * max(sft, min(trained, at_once))
+    models = sft + trained + _made_models(config)
     return shapes.parameters * (checkpoints * CHECKPOINT_BYTES + models * BYTES[config.model.dtype]) / GIB
 
 

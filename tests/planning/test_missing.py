@@ -43,6 +43,10 @@ def test_disk_by_hand() -> None:
     assert disk_gib(config(), BILLION) == 0.0  # adapters
     assert disk_gib(config(sft={}), BILLION) == 3 * 12 + 2
     assert disk_gib(config(sft={}, train=[{"use_peft": False}]), BILLION) == 2 * (12 + 2) + 2 * 12
+    three = [{"name": f"jpo{number}", "use_peft": False} for number in range(3)]
+    for at_once, going_on in ((1, 1), (2, 2), (4, 3)):  # SFT is over before them
+        side_by_side = config(sft={}, train=three, cluster={"trainings_at_once": at_once})
+        assert disk_gib(side_by_side, BILLION) == 4 * (12 + 2) + going_on * 2 * 12
 
 
 def test_disk_of_rounds() -> None:
