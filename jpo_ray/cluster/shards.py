@@ -18,23 +18,48 @@ def map_shards(
 
     A task takes a core and the stage's custom resources; as many as the cluster has room for are under way. Arguments
     are taken from the iterable as tasks end. Raises `TimeoutError` where there is no room for one in `config.wait_s`,
-    or the next result does not come in `config.actor_timeout_s`.
+    or the next result does not come in `config.actor_timeout_s`. Tasks that are still under way then, or where the
+    caller wants no more, are cancelled.
     """
     await_resources(ray, config, stage, [task_resources(config)])
-    results = _in_turn(ray, config, function, arguments, shared)
-    yield from within(results, config.actor_timeout_s, stage, "cluster.actor_timeout_s", LARGE_AHEAD)
+    waiting: deque[Any] = deque()
+    results = _in_turn(ray, config, function, arguments, shared, waiting)
+    try:
+        yield from within(results, config.actor_timeout_s, stage, "cluster.actor_timeout_s", LARGE_AHEAD)
+    finally:  # here too: the thread that `within` reads in may wait for one that hangs
+        _cancel(ray, waiting)
 
 
 def _in_turn(
-    ray: Any, config: ClusterConfig, function: Callable[..., Any], arguments: Arguments, shared: tuple[Any, ...]
+    ray: Any,
+    config: ClusterConfig,
+    function: Callable[..., Any],
+    arguments: Arguments,
+    shared: tuple[Any, ...],
+    waiting: deque[Any],
 ) -> Iterator[Any]:
+    """`waiting` has the tasks that are under way, the next one to end among them."""
     at_once = tasks_at_once(ray, config)
     task = ray.remote(function).options(**as_options(task_resources(config)))
     known = [ray.put(value) for value in shared]
-    waiting: deque[Any] = deque()
-    for each in arguments:
-        waiting.append(task.remote(*known, *each))
-        if len(waiting) >= at_once:
-            yield ray.get(waiting.popleft())
-    while waiting:
-        yield ray.get(waiting.popleft())
+    try:
+        for each in arguments:
+            waiting.append(task.remote(*known, *each))
+            if len(waiting) >= at_once:
+                yield _first(ray, waiting)
+        while waiting:
+            yield _first(ray, waiting)
+    finally:
+        _cancel(ray, waiting)
+
+
+def _first(ray: Any, waiting: deque[Any]) -> Any:
+    found = ray.get(waiting[0])
+    waiting.popleft()
+    return found
+
+
+def _cancel(ray: Any, waiting: deque[Any]) -> None:
+    """By the end of their processes: one that hangs may not listen."""
+    for task in list(waiting):
+        ray.cancel(task, force=True)

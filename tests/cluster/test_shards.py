@@ -53,6 +53,35 @@ def test_tasks_keep_to_the_nodes_that_the_stage_asks_for(ray_cluster: Any) -> No
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("end", ["a task hangs", "one fails", "no more is wanted"])
+def test_tasks_under_way_are_cancelled(end: str, ray_cluster: Any) -> None:
+    """Those that would take a minute hold no core a few seconds later."""
+    config = ClusterConfig(actor_timeout_s=60 if end == "one fails" else 5)
+
+    def work(number: int) -> int:
+        if number == 0 and end == "one fails":
+            raise ValueError("a shard that cannot be read")
+        if number:
+            time.sleep(60)
+        return number
+
+    found = map_shards(ray_cluster, config, "judge", work, ((number,) for number in range(4)))
+    if end == "one fails":
+        with pytest.raises(ValueError, match="a shard that cannot be read"):
+            next(found)
+    else:
+        assert next(found) == 0
+    if end == "a task hangs":
+        with pytest.raises(TimeoutError, match="judge: nothing came for 5 s"):
+            next(found)
+    found.close()
+    until = time.monotonic() + 20
+    while ray_cluster.available_resources().get("CPU") != ray_cluster.cluster_resources()["CPU"]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.mark.ray
 def test_no_shards(ray_cluster: Any) -> None:
     assert list(map_shards(ray_cluster, ClusterConfig(), "judge", scaled, [], 10)) == []
 
@@ -70,8 +99,10 @@ def test_a_shard_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 
     found = map_shards(HERE, config, "judge", work, ((number,) for number in range(9)), 10)
     assert [next(found) for _ in range(3)] == [0, 10, 20]
+    CANCELLED.clear()
     with pytest.raises(TimeoutError, match=r"^judge: nothing came for 0\.2 s \(cluster\.actor_timeout_s\)"):
         next(found)
+    assert len(CANCELLED) == 2  # the one that hangs, and one behind it
     assert asked == [("judge", [{"CPU": 1.0}])]
 
 
@@ -80,7 +111,9 @@ def _remote(function: Any) -> Any:
     return SimpleNamespace(options=lambda **_: task)
 
 
+CANCELLED: list[Any] = []
 HERE = SimpleNamespace(
+    cancel=lambda task, **_: CANCELLED.append(task),
     put=lambda value: value,
     get=lambda wanted: wanted(),
     remote=_remote,
