@@ -1,5 +1,6 @@
 """Batches: every edge once per epoch, a function of seed and epoch, and few items per edge in graph mode."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,19 @@ def test_an_epoch_is_a_function_of_seed_and_epoch() -> None:
     ]
     assert again[0] == again[1]
     assert again[0] != again[2] != again[3] != again[0]
+
+
+@pytest.mark.parametrize(
+    ("items", "count", "max_tokens", "digest"),
+    [(1000, 600, None, "3a40658df4d104b3"), (30, 400, None, "c7a58b4e87790f07"), (50, 200, 100, "3ad153d5bebd3f10")],
+    ids=["sparse", "dense", "tokens"],
+)
+def test_batches_stay_the_same(items: int, count: int, max_tokens: int | None, digest: str) -> None:
+    """From version to version: a training that goes on, and one that is repeated, reads the same comparisons."""
+    first, second = _edges(items, count, seed=5)
+    limits = Limits(32, max_tokens, 10 + np.arange(items) % 20) if max_tokens else Limits(32)
+    batches = [batch.tolist() for batch in graph(first, second, limits, 3, 1)]
+    assert hashlib.sha256(repr(batches).encode()).hexdigest()[:16] == digest
 
 
 def test_parallel_edges_and_lone_pairs_are_kept() -> None:
