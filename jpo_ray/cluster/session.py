@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,15 @@ from jpo_ray.stored import origins
 Row = TypeVar("Row")
 READ_AHEAD = 64  # results that wait for whoever asked for them
 LARGE_AHEAD = 2  # of those that may take hundreds of megabytes each
+PUMPS = "-results"  # how the names of threads end that read results
+PUMPS_END_S = 5.0  # longest wait for one of them, once its pool has ended
 
 # Set before Ray starts, unless the user did.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray Train polls its workers this often
+    # How long Ray Train waits until workers have left their process group, before it kills them: one that hangs never
+    # does. Ray Train itself waits for 30 s, and gives the variable on to nobody: it reaches local Ray only.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -82,6 +87,7 @@ def ray_session(config: ClusterConfig) -> Iterator[Any]:
         raise
     finally:
         with no_second_interrupt():
+            _end_pools()
             ray.shutdown()
         logging.disable(logging.NOTSET)
 
@@ -163,13 +169,18 @@ def within(found: Iterator[Row], timeout_s: float, stage: str, key: str, ahead: 
             waiting.put(None)
         except BaseException as error:
             waiting.put(error)
+        finally:
+            if isinstance(found, Generator):
+                found.close()  # before Ray ends: it uses Ray
 
-    threading.Thread(target=pump, daemon=True, name=f"{stage}-results").start()
+    threading.Thread(target=pump, daemon=True, name=stage + PUMPS).start()
     try:
         while True:
             try:
                 got = waiting.get(timeout=timeout_s)
             except queue.Empty:
+                ended.set()
+                _end_pools()
                 raise TimeoutError(
                     f"{stage}: nothing came for {timeout_s:g} s ({key}): a worker hangs, or the cluster is busy"
                 ) from None
@@ -182,6 +193,22 @@ def within(found: Iterator[Row], timeout_s: float, stage: str, key: str, ahead: 
     finally:
         ended.set()
         room.release()
+
+
+def _end_pools() -> None:
+    """End what Ray Data still runs for this process, actors that hang too.
+
+    They would keep their places, and its threads would use Ray while that shuts down, which kills the process.
+    """
+    # Ray has no public way to it, and the version is pinned.
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    pools = [thread for thread in threading.enumerate() if isinstance(thread, StreamingExecutor)]
+    for pool in pools:
+        pool.shutdown(force=True)
+    for thread in threading.enumerate() if pools else ():
+        if thread.name.endswith(PUMPS) and thread is not threading.current_thread():
+            thread.join(PUMPS_END_S)
 
 
 def on_node(actor: type, needs: Sequence[Path]) -> type:

