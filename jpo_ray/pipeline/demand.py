@@ -13,6 +13,8 @@ from jpo_ray.pipeline.context import Context, stands
 from jpo_ray.pipeline.evaluate_stage import evaluation_judge
 from jpo_ray.planning.workers import reads_policies
 
+ASKS_NOTHING = ("items", "report")
+
 
 def check_resources(context: Context, stages: Sequence[str]) -> None:
     """Raise `InputError` where the cluster can never give a stage what it asks for; else that is found after hours.
@@ -21,14 +23,14 @@ def check_resources(context: Context, stages: Sequence[str]) -> None:
     """
     if context.config.cluster.autoscaling:
         return
-    for stage in _not_standing(context, stages):
+    for stage in _not_standing(context, [stage for stage in stages if stage not in ASKS_NOTHING]):
         for bundles in asked(context.ray(), context.config, stage):
             require_resources(context.ray(), stage, bundles)
 
 
 def asked(ray: Any, config: RunConfig, stage: str) -> Iterator[list[Bundle]]:
     """What the stage asks for, each time at once."""
-    if stage in ("items", "report"):
+    if stage in ASKS_NOTHING:
         return
     cluster = config.cluster.of(stage)
     if stage in ("sft", "train"):
@@ -81,7 +83,7 @@ def _not_standing(context: Context, stages: Sequence[str]) -> list[str]:
 
 
 def _stands(context: Context, stage: str) -> bool:
-    try:
-        return all(stands(context, spec) for spec in context.specs_of(stage))
+    try:  # not kept, as `specs_of` keeps them: what a stage is made from may be other artifacts when its turn comes
+        return all(stands(context, spec) for spec in context.specs[stage](context))
     except InputError:  # what it is made from is not there yet
         return False

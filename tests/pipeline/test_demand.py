@@ -74,6 +74,15 @@ def test_stages_that_stand_and_clusters_that_grow_are_not_refused(tmp_path: Path
     check_resources(context_of(tmp_path, ray, cluster=cluster | {"autoscaling": True}), list(STAGES))
 
 
+def test_what_a_stage_is_made_from_is_looked_at_again_when_its_turn_comes(tmp_path: Path) -> None:
+    """A report tells of all that stands by then: made as things looked at the start, it was made again next time."""
+    context = context_of(tmp_path, ray_of({"CPU": 8.0}), *STAGES)
+    check_resources(context, list(STAGES))
+    later: list[Any] = [object()]
+    context.specs.update(dict.fromkeys(STAGES, lambda _: later))
+    assert all(context.specs_of(stage) is later for stage in STAGES)
+
+
 def test_rounds_sample_and_judge_too(tmp_path: Path) -> None:
     ray, rounds = ray_of({"CPU": 8.0}), {"rounds": 2, "sample": None, "evaluate": None, "train": [{}]}
     for stage in ("sample", "pairs", "reference"):
