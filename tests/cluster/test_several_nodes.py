@@ -117,7 +117,9 @@ def submitted(place: Place) -> Iterator["subprocess.Popen[str]"]:
         yield job
     finally:
         job.kill()
-        job.communicate()
+        job.wait()
+        if job.stdout is not None:
+            job.stdout.close()
 
 
 def that_trains(place: Place, job: "subprocess.Popen[str]") -> Node:
