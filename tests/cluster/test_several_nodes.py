@@ -44,6 +44,12 @@ CONFIG: dict[str, Any] = {
         "stages": {"reference": {"num_actors": 2}},
     },
 }  # fmt: skip
+# Two models side by side, each in one process.
+SIDE_BY_SIDE: dict[str, Any] = CONFIG | {
+    "train": [CONFIG["train"][0] | {"name": name, "beta": beta} for name, beta in (("jpo", 0.1), ("other", 0.2))],
+    "cluster": CONFIG["cluster"] | {"num_workers": 1, "trainings_at_once": 2},
+}
+SHARED, APART = "a shared folder", "disks of their own"
 ARTIFACTS = ("items", "pairs", "judge", "sft", "reference", "train/jpo", "sample", "evaluate", "report")
 
 
@@ -73,12 +79,12 @@ class Place:
             shutil.rmtree(Path(self.where) / artifact)
 
 
-@pytest.fixture(params=["a shared folder", "disks of their own"])
+@pytest.fixture
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """A head without CPUs and three nodes of one each: two work, one is spare. With disks of their own nodes share
     nothing of what is made but an S3 server.
     """
-    apart = request.param == "disks of their own"
+    apart = request.param == APART
     with ray_nodes(own_network=True, hidden=[tmp_path] if apart else []) as nodes:
         if apart and nodes.network is None:
             pytest.skip("this machine lets us make no namespaces")
@@ -99,10 +105,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 @contextmanager
-def submitted(place: Place) -> Iterator["subprocess.Popen[str]"]:
+def submitted(place: Place, config: dict[str, Any]) -> Iterator["subprocess.Popen[str]"]:
     """The pipeline, submitted by `jpo submit`."""
     folder = place.folder
-    (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
     (folder / "env.yaml").write_text(yaml.safe_dump({"env_vars": {"JPO_CACHE": str(folder / "cache")}}))
     command = [
         sys.executable, "-m", "jpo_ray.cli", "submit", "--address", place.nodes.url, "--runtime-env",
@@ -122,38 +128,51 @@ def submitted(place: Place) -> Iterator["subprocess.Popen[str]"]:
             job.stdout.close()
 
 
-def that_trains(place: Place, job: "subprocess.Popen[str]") -> Node:
-    """A node with a training worker, once a checkpoint of the adapter is there."""
+def that_trains(place: Place, job: "subprocess.Popen[str]", worker: str) -> Node:
+    """A node with such a process, once a checkpoint of the adapter is there."""
     deadline = time.monotonic() + 800
     while not any(name.startswith(".building/train-jpo-") and "/checkpoint-" in name for name in place.names()):
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    return next(node for node in place.nodes.nodes[1:] if node.runs("RayTrainWorker"))
+    return next(node for node in place.nodes.nodes[1:] if node.runs(worker))
 
 
 @pytest.mark.timeout(2400)
-def test_a_run_survives_the_loss_of_a_node(place: Place) -> None:
-    """With the same adapter as a run that nothing happened to."""
+@pytest.mark.parametrize(
+    ("place", "config", "worker"),
+    [(SHARED, CONFIG, "RayTrainWorker"), (APART, CONFIG, "RayTrainWorker"), (APART, SIDE_BY_SIDE, "ImplicitFunc")],
+    indirect=["place"],
+    ids=["shared", "apart", "side by side"],
+)
+def test_a_run_survives_the_loss_of_a_node(place: Place, config: dict[str, Any], worker: str) -> None:
+    """With the same adapters as a run that nothing happened to."""
     began = time.monotonic()
-    with submitted(place) as job:
-        that_trains(place, job).kill()
+    with submitted(place, config) as job:
+        that_trains(place, job, worker).kill()
         killed = time.monotonic()
         assert "train/jpo/manifest.json" not in place.names()
         said, _ = job.communicate(timeout=900)
     assert job.returncode == 0, said
     ended = time.monotonic()
     assert [name for name in ARTIFACTS if place.run.manifest(name) is None] == []
-    lost = load_file(place.run.path("train/jpo") / "adapter_model.safetensors")
+    lost = adapters(place, config)
 
     place.forget("train")
-    with submitted(place) as job:
+    with submitted(place, config) as job:
         said, _ = job.communicate(timeout=600)
     assert job.returncode == 0, said
     LOG.info(
         "node lost while training, %s: %.0f s until it was, %.0f s to the end; undisturbed, from training on: %.0f s",
         place.where, killed - began, ended - killed, time.monotonic() - ended,
     )  # fmt: skip
-    undisturbed = load_file(place.run.path("train/jpo") / "adapter_model.safetensors")
+    undisturbed = adapters(place, config)
     assert lost.keys() == undisturbed.keys()
     assert all(np.array_equal(lost[key], undisturbed[key]) for key in undisturbed)
+
+
+def adapters(place: Place, config: dict[str, Any]) -> dict[str, Any]:
+    """The weights of all models that were trained."""
+    names = [entry.get("name", "jpo") for entry in config["train"]]
+    files = {name: place.run.path(f"train/{name}") / "adapter_model.safetensors" for name in names}
+    return {f"{name}/{key}": value for name, file in files.items() for key, value in load_file(file).items()}
