@@ -39,7 +39,8 @@ from scipy.stats import sem, t
 
 from jpo_ray import records
 from jpo_ray.artifacts import package_versions
-from jpo_ray.config import RunConfig, TrainConfig
+from jpo_ray.config import RunConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import TokenizedItems, tokenize
 from jpo_ray.engine.jobs import layout_of
 from jpo_ray.engine.model import load_model, load_policy, load_tokenizer

@@ -24,7 +24,7 @@ from quality_curves.world import GROUP, World, make_world, mode_settings
 from rich.console import Console
 
 from jpo_ray.artifacts import package_versions
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.evaluation.win_rates import BASELINE
 from jpo_ray.files import write_json
 

@@ -32,7 +32,7 @@ from throughput.model import FOUR_BIT, SHAPES, make_model
 from throughput.report import machine, print_tables
 from throughput.work import GROUP, WORKS, Items, Work, make_work, read_texts, save_work, synthetic_items, tokenize_texts
 
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 
 CHECK_UPDATES = 2  # the first loss shows the forward pass, the second the gradient and the optimizer
 DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16", FOUR_BIT]}

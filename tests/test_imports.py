@@ -18,6 +18,7 @@ ROWS = [
     ["records", "config_base", "runs"],
     ["shards"],
     ["config_cluster", "config_judge", "config_objective", "config_plan", "config_rounds"],
+    ["config_training"],
     ["config"],
     ["config_file", "cache"],
     ["config_experiment", "config_serve"],

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jpo_ray.config import EvaluateConfig, SampleConfig, TrainConfig
+from jpo_ray.config import EvaluateConfig, SampleConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import prompt_ids
 from jpo_ray.engine.checkpoints import save_weights
 from jpo_ray.engine.jobs import layout_of

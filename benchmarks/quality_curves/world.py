@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from jpo_ray import records
-from jpo_ray.config import RunConfig, TrainConfig
+from jpo_ray.config import RunConfig
 from jpo_ray.config_judge import AnnotatorConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine.dataset import PreferenceData
 from jpo_ray.engine.jobs import PreferenceInputs, load_preferences
 from jpo_ray.engine.model import load_tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 
 from sampling import make_model
 
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.files import write_json
 from jpo_ray.runs import RunDir
 

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine.dataset import EdgeList
 from throughput.job import BETA, LEARNING_RATE, Job, Trace
 from throughput.measure import MatrixFlops, PeakMemory, matrix_parameters, now

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine import batches
 from jpo_ray.engine.dataset import EdgeList

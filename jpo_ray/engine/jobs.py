@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from jpo_ray import records, shards
-from jpo_ray.config import BaseModelConfig, OptimizerConfig, SFTConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig
+from jpo_ray.config_training import OptimizerConfig, SFTConfig, TrainConfig
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.adapters import record_base
 from jpo_ray.engine.checkpoints import agreed_checkpoint

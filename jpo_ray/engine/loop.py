@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from jpo_ray.config import OptimizerConfig
+from jpo_ray.config_training import OptimizerConfig
 from jpo_ray.engine.checkpoints import (
     STATE,
     agreed_checkpoint,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.errors import InputError
 from jpo_ray.files import hash_file, read_json, write_json
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine.dataset import EdgeList, PreferenceData
 from jpo_ray.engine.step import Rows
 from jpo_ray.objectives import LOSSES, Edges, Items, ItemScores, Outcome, concatenated, mixture

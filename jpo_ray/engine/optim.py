@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jpo_ray.config import OptimizerConfig
+from jpo_ray.config_training import OptimizerConfig
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> Any:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from jpo_ray import records, shards
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine.dataset import EdgeList, EdgeShards, edge_list, joined
 from jpo_ray.engine.schedules import some_edges
 

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine import batches
 from jpo_ray.engine.batches import Schedule
 from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jpo_ray.config import SFTConfig, TrainConfig
+from jpo_ray.config_training import SFTConfig, TrainConfig
 from jpo_ray.data.tokens import TokenizedItems
 from jpo_ray.engine import batches
 from jpo_ray.engine.batches import Schedule

@@ -7,7 +7,7 @@ from typing import Any
 
 from jpo_ray import __version__
 from jpo_ray.artifacts import Manifest
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine.bases import is_on_hub
 from jpo_ray.files import read_json
 from jpo_ray.pipeline.card_program import how_to_use

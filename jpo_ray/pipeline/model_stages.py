@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from jpo_ray import records, shards
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import tokenize, tokenizer_hash
 from jpo_ray.errors import InputError
 from jpo_ray.files import read_json

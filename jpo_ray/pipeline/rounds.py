@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jpo_ray import records
-from jpo_ray.config import RunConfig, SampleConfig, Source, TrainConfig
+from jpo_ray.config import RunConfig, SampleConfig, Source
 from jpo_ray.config_rounds import RoundsConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.generation import SampledModel
 from jpo_ray.files import read_json

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jpo_ray.config import JointPairs, TrainConfig
+from jpo_ray.config import JointPairs
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine import batches
 from jpo_ray.engine.reading import readers
 

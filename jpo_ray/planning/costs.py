@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jpo_ray.config import RunConfig, SampleConfig, TrainConfig
+from jpo_ray.config import RunConfig, SampleConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine.batches import total_steps
 from jpo_ray.planning.batching import Shared, read_items, shared_items
 from jpo_ray.planning.counts import Counts, total

@@ -7,8 +7,9 @@ fitted to what the engine counts on small Llamas; `tests/planning/test_memory.py
 
 import math
 
-from jpo_ray.config import OptimizerConfig, RunConfig, TrainConfig
+from jpo_ray.config import RunConfig
 from jpo_ray.config_judge import AnnotatorConfig
+from jpo_ray.config_training import OptimizerConfig, TrainConfig
 from jpo_ray.planning.shapes import ModelShapes
 from jpo_ray.planning.workers import has_gpus, workers_of
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from jpo_ray.artifacts import Manifest
 from jpo_ray.cache import cache_folder
-from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig
 from jpo_ray.config_serve import ServeConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import Layout
 from jpo_ray.engine.bases import base_of_adapter, own_base
 from jpo_ray.errors import InputError

@@ -14,7 +14,8 @@ from engine.tiny import INSTRUCTIONS, LAYOUT
 from cluster.running import CLUSTER
 from jpo_ray.cluster.sampling import TransformersActor, _Group, _groups, choose_engine, engine_options, generate
 from jpo_ray.cluster.session import LARGE_AHEAD, READ_AHEAD, within
-from jpo_ray.config import SampleConfig, TrainConfig
+from jpo_ray.config import SampleConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import prompt_ids
 from jpo_ray.engine.model import add_lora, load_model, load_tokenizer
 from jpo_ray.errors import InputError

@@ -8,7 +8,8 @@ import numpy as np
 from engine.tiny import INSTRUCTIONS, RESPONSES
 
 from jpo_ray import records
-from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import tokenize
 from jpo_ray.engine.jobs import PreferenceInputs, layout_of
 from jpo_ray.engine.model import load_model, load_tokenizer

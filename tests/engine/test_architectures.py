@@ -33,7 +33,7 @@ from engine.tiny import (
     save,
     worst_per_token,
 )
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine.adapters import check_base
 from jpo_ray.engine.merging import merge_adapter
 from jpo_ray.engine.model import add_lora, load_model

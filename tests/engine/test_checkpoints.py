@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.tiny import World, config
-from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine import checkpoints, loop
 from jpo_ray.engine.checkpoints import is_valid, load_checkpoint, newest_checkpoint, save_checkpoint
 from jpo_ray.engine.loop import Task, train

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from engine.tables import Tables, make_tables, preference_rows, vector_of
 from engine.tiny import LAYOUT, config
 from jpo_ray import records, shards
-from jpo_ray.config import BaseModelConfig, SFTConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig
 from jpo_ray.config_objective import OBJECTIVES
+from jpo_ray.config_training import SFTConfig, TrainConfig
 from jpo_ray.engine import jobs
 from jpo_ray.engine.jobs import PreferenceInputs, load_preferences, train_preferences, train_sft
 from jpo_ray.engine.model import load_tokenizer

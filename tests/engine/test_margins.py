@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.tiny import World, config, difference, gradients_of
-from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine.dataset import PreferenceData
 from jpo_ray.engine.model import load_model, load_policy
 from jpo_ray.engine.reference import TOLERANCE_PER_TOKEN, check_reference

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from jpo_ray.config import SFTConfig
+from jpo_ray.config_training import SFTConfig
 from jpo_ray.engine.optim import learning_rate, warmup_steps
 
 

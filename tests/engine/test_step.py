@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from engine.tiny import World, config, difference, edges, gradients_of, make_lists, only_conditional, policy_scorer
-from jpo_ray.config import SFTConfig
 from jpo_ray.config_objective import OBJECTIVES
+from jpo_ray.config_training import SFTConfig
 from jpo_ray.engine import step as step_module
 from jpo_ray.engine.dataset import PreferenceData
 from jpo_ray.engine.objective import batch_rows, loss_of_scores, weighted_mean

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jpo_ray.config import TrainConfig
 from jpo_ray.config_objective import OBJECTIVES
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import Layout, TokenizedItems, tokenize
 from jpo_ray.engine.dataset import EdgeList, EdgeShards, PreferenceData
 from jpo_ray.engine.model import add_lora, load_model, load_tokenizer

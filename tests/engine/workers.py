@@ -11,7 +11,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from engine.tiny import World, config, gradients_of, make_lists, make_world, policy_scorer
-from jpo_ray.config import BaseModelConfig, TrainConfig
+from jpo_ray.config import BaseModelConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.engine.checkpoints import save_checkpoint, store_checkpoints
 from jpo_ray.engine.loop import train
 from jpo_ray.engine.model import load_policy, load_tokenizer

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from jpo_ray.artifacts import Manifest
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import Layout, prompt_ids
 from jpo_ray.files import write_json
 from jpo_ray.pipeline.model_card import Exported, model_card

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pytest
 
 from jpo_ray import records, shards
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.errors import InputError
 from jpo_ray.evaluation.run_facts import funnel, joint_similarities
 from jpo_ray.files import read_json

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from jpo_ray.config import JointPairs, RunConfig, TrainConfig
+from jpo_ray.config import JointPairs, RunConfig
 from jpo_ray.config_file import parse_config
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.pipeline.plan import make_plan
 from jpo_ray.planning.batching import shared_items
 from jpo_ray.planning.costs import responses_asked, stage_costs, train_comparisons

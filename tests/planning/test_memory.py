@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jpo_ray.config import RunConfig, SFTConfig, TrainConfig
+from jpo_ray.config import RunConfig
 from jpo_ray.config_file import parse_config
+from jpo_ray.config_training import SFTConfig, TrainConfig
 from jpo_ray.planning.memory import (
     GIB,
     GPU_GIB,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from jpo_ray.config import TrainConfig
+from jpo_ray.config_training import TrainConfig
 from jpo_ray.data.tokens import Layout
 from jpo_ray.engine.model import add_lora, load_model
 from jpo_ray.files import write_json
