@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from gcs import GCS, gcs_uri, start_gcs
+from store_checks import check_round_trip
 
 from jpo_ray import store
 from jpo_ray.errors import InputError
@@ -25,25 +26,7 @@ def server() -> Iterator[GCS]:
 
 
 def test_objects_make_the_round_trip(server: GCS, tmp_path: Path) -> None:
-    folder = Store(server.uri())
-    assert folder.read("a.json") is None
-    assert (folder.top(), folder.names(""), folder.times("b")) == ([], [], {})
-    folder.write("a.json", b"first")
-    folder.write("a.json", b"second")
-    folder.write("b/c/d", b"")
-    assert (folder.read("a.json"), folder.read("b/c/d")) == (b"second", b"")
-    assert (folder.top(), folder.names(""), folder.names("b")) == (["a.json", "b"], ["a.json", "b/c/d"], ["c/d"])
-    assert list(folder.times("")) == ["a.json"]
-    (tmp_path / "up").mkdir()
-    (tmp_path / "up" / "file").write_bytes(bytes(9_000_000))
-    folder.upload(tmp_path / "up", "e", ["file"])
-    folder.download("e", tmp_path / "down", ["file"])
-    assert (tmp_path / "down" / "file").read_bytes() == bytes(9_000_000)
-    with pytest.raises(FileNotFoundError):
-        folder.download("e", tmp_path / "down", ["missing"])
-    for name in ("b", "e", "a.json", "never/there", "b"):
-        folder.delete(name)
-    assert folder.names("") == []
+    check_round_trip(Store(server.uri()), tmp_path)
 
 
 def test_a_new_run_directory_is_made_held_and_found_again(
